@@ -13,9 +13,7 @@ ones are reduced with Lanczos. Left out: metadata in the PNG files (a file depen
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +21,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from tailorpo.errors import StorageError, UserError
+from tailorpo.errors import UserError
+from tailorpo.files import atomic_write
 
 Picture = Tensor | Image.Image
 
@@ -71,7 +70,8 @@ def save_png(image: Picture, path: Path) -> Path:
     Raises:
         StorageError: the disk refused.
     """
-    write_atomic(path, png_bytes(image))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, png_bytes(image))
     return path
 
 
@@ -86,23 +86,6 @@ def load_png(path: Path) -> Tensor:
             return from_pil(image)
     except OSError as error:  # Pillow's UnidentifiedImageError is one too
         raise UserError(f"cannot read the picture {path}: {error}") from error
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file through a temporary neighbour and a rename, so that a reader never sees half of it.
-
-    Raises:
-        StorageError: the disk refused; what was at `path` before is intact.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def fit(image: Picture, size: int) -> Image.Image:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -49,11 +51,19 @@ def test_half_a_rounding_step_is_the_largest_error(tmp_path: Path) -> None:
     assert (load_png(save_png(image, tmp_path / "a.png")) - image).abs().max() <= 1 / 510 + 1e-6
 
 
-def test_a_refused_write_is_a_storage_error_and_keeps_what_was_there(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(StorageError, match=r"cannot write"):
-        save_png(noise(3, 4, 4), tmp_path / "file" / "a.png")
-    assert (tmp_path / "file").read_text() == "in the way"
+def test_a_refused_write_is_a_storage_error_and_keeps_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_png(noise(3, 4, 4), tmp_path / "a.png")
+    before = path.read_bytes()
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match=r"cannot write .*a\.png: the disk is full"):
+        save_png(noise(3, 4, 4, seed=2), path)
+    assert path.read_bytes() == before
 
 
 def test_unreadable_pictures_are_user_errors(tmp_path: Path) -> None:
