@@ -1,0 +1,74 @@
+"""The one place where the network is called: for rollout, loss and reference alike.
+
+Because all three go through `Policy.step`, "ratio = 1 and loss = log 2 before the first update" holds to the last bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tailorpo.gaussian_step import GaussianStep
+from tailorpo.models import Conditioning, DiffusionModel
+from tailorpo.prediction import to_x0_and_epsilon
+from tailorpo.samplers import DDIM
+
+
+@dataclass(frozen=True)
+class PolicyStep:
+    """What one network evaluation at x_k says.
+
+    Attributes:
+        gaussian: the distribution of x_{k+1}.
+        x0: the predicted clean latent, (B, C, h, w).
+    """
+
+    gaussian: GaussianStep
+    x0: Tensor
+
+    def detach(self) -> PolicyStep:
+        """The same numbers without their graph."""
+        return PolicyStep(GaussianStep(self.gaussian.mean.detach(), self.gaussian.std), self.x0.detach())
+
+    def rows(self, index: Tensor) -> PolicyStep:
+        """A selection of the batch."""
+        return PolicyStep(GaussianStep(self.gaussian.mean[index], self.gaussian.std), self.x0[index])
+
+
+class Policy:
+    """A model under a sampler: the Markov decision process of denoising.
+
+    Args:
+        model: the network with its adapter.
+        sampler: how a prediction becomes a step.
+    """
+
+    def __init__(self, model: DiffusionModel, sampler: DDIM) -> None:
+        self.model = model
+        self.sampler = sampler
+        self.schedule = model.schedule(sampler.steps)
+
+    def step(self, latents: Tensor, k: int, cond: Conditioning) -> PolicyStep:
+        """Step k from x_k = latents (B, C, h, w), float32; gradients flow where they are enabled."""
+        output = self.model.predict(
+            latents, int(self.schedule.time[k]), cond, guidance_scale=self.sampler.guidance_scale
+        )
+        x0, epsilon = to_x0_and_epsilon(
+            output,
+            latents,
+            alpha=float(self.schedule.alpha[k]),
+            sigma=float(self.schedule.sigma[k]),
+            kind=self.model.prediction_type,
+        )
+        return PolicyStep(self.sampler.step(x0, epsilon, self.schedule, k=k), x0)
+
+    def origin(self, latents: Tensor, k: int) -> Tensor:
+        """The part of step k's mean that no network changes: mean = origin + (a number) * epsilon, for every prediction."""
+        return latents * float(self.schedule.alpha[k + 1] / self.schedule.alpha[k])
+
+    def reference_step(self, latents: Tensor, k: int, cond: Conditioning) -> GaussianStep:
+        """The same step of the frozen reference: the model with its adapter switched off, without gradients."""
+        with torch.no_grad(), self.model.reference():
+            return self.step(latents, k, cond).gaussian

@@ -1,0 +1,190 @@
+"""Sampling: two visible loops over the denoising steps.
+
+`rollout_chains` draws one latent per step: plain sampling. `rollout_branches` draws several candidates from the same x_k at
+the trained steps, scores them, and continues from the one that the algorithm chooses.
+
+What a branching rollout costs, in guided network evaluations of one latent (F): K_all for the walk, and at each trained step one
+for every candidate but the chosen, whose evaluation is the next step's. The walk's own evaluation at a trained step carries the
+graph of the loss, so the loss needs none. Where two trained steps follow each other, the second is evaluated anew, because a
+score carries no graph. Latents after the last step are scored as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from tailorpo.models import Conditioning
+from tailorpo.noise import Key, Noise
+from tailorpo.policy import Policy, PolicyStep
+from tailorpo.step_rewards import GradientPath, Score, Scored, score_latents
+
+
+@dataclass
+class Trajectories:
+    """A batch of trajectories on their way from noise to picture; a rollout advances `latents` in place.
+
+    Attributes:
+        prompts: the B prompts.
+        cond: the same, encoded.
+        keys: the noise stream of each trajectory; nothing else decides what it draws.
+        latents: the current x_k, (B, C, h, w) float32.
+    """
+
+    prompts: Sequence[str]
+    cond: Conditioning
+    keys: Sequence[tuple[Key, ...]]
+    latents: Tensor
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def start_trajectories(
+    policy: Policy, prompts: Sequence[str], *, noise: Noise, keys: Sequence[tuple[Key, ...]]
+) -> Trajectories:
+    """Trajectories at x_0, drawn from each key's own stream."""
+    model = policy.model
+    initial = noise.normals(model.latent_shape, keys, "initial").to(model.device)
+    return Trajectories(prompts, model.encode(prompts), keys, initial)
+
+
+@torch.no_grad()
+def rollout_chains(
+    policy: Policy, trajectories: Trajectories, *, noise: Noise, on_step: Callable[[int], None] | None = None
+) -> Tensor:
+    """Sample to the end and return the finished latents, (B, C, h, w)."""
+    x = trajectories.latents
+    for k in range(policy.schedule.steps):
+        step = policy.step(x, k, trajectories.cond)
+        x = step.gaussian.sample(_step_noise(noise, trajectories, k, like=x))
+        if on_step:
+            on_step(k + 1)
+    trajectories.latents = x
+    return x
+
+
+@torch.no_grad()
+def sample_images(
+    policy: Policy,
+    prompts: Sequence[str],
+    *,
+    noise: Noise,
+    keys: Sequence[tuple[Key, ...]],
+    batch_size: int = 8,
+    on_batch: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Finished pictures, (N, 3, H, W) in [0, 1]; picture i depends on prompts[i] and keys[i], not on its batch.
+
+    `on_batch` is called with the number of pictures finished so far.
+    """
+    pictures: list[Tensor] = []
+    for first in range(0, len(prompts), batch_size):
+        rows = slice(first, first + batch_size)
+        trajectories = start_trajectories(policy, prompts[rows], noise=noise, keys=keys[rows])
+        pictures.append(policy.model.decode(rollout_chains(policy, trajectories, noise=noise)))
+        if on_batch:
+            on_batch(first + len(trajectories))
+    return torch.cat(pictures)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Candidates drawn from the same x_k.
+
+    Attributes:
+        k: the step.
+        latents: x_k, (B, C, h, w).
+        step: the policy's step from x_k, with its graph if the rollout was asked for one.
+        noises: what made the candidates, (n, B, C, h, w).
+        scored: the candidates, row j * B + b is candidate j of trajectory b.
+    """
+
+    k: int
+    latents: Tensor
+    step: PolicyStep
+    noises: Tensor
+    scored: Scored
+
+
+class Decision(Protocol):
+    """What an algorithm makes of a branch; the rollout continues from `next_latents`.
+
+    `next_step` is the policy's step from there, without a graph, or None where it is not known yet.
+    """
+
+    @property
+    def next_latents(self) -> Tensor: ...
+    @property
+    def next_step(self) -> PolicyStep | None: ...
+
+
+D = TypeVar("D", bound=Decision)
+
+
+def rollout_branches(
+    policy: Policy,
+    trajectories: Trajectories,
+    *,
+    noise: Noise,
+    trained: Collection[int],
+    candidates: int,
+    score: Score,
+    decide: Callable[[Branch], D],
+    graph: bool,
+    gradient: GradientPath = "none",
+    on_step: Callable[[int], None] | None = None,
+) -> Iterator[D]:
+    """Sample to the end, branching at the trained steps, and yield the decision at each.
+
+    Args:
+        policy: the model under its sampler.
+        trajectories: where to start; advanced in place.
+        noise: the run's random numbers.
+        trained: the steps at which to branch.
+        candidates: how many to draw there.
+        score: the reward of (pictures, prompts).
+        decide: ranks a branch and says where to go on.
+        graph: keep the graph of the step from x_k, so that a loss can use it; the graph lives until the consumer of the yielded
+            decision lets go of it, so memory does not grow with the number of steps.
+        gradient: whether the scores come with their gradient.
+        on_step: called with the number of steps done.
+    """
+    cond, prompts = trajectories.cond, trajectories.prompts
+    step: PolicyStep | None = None
+    for k in range(policy.schedule.steps):
+        x = trajectories.latents
+        branching = k in trained
+        with torch.set_grad_enabled(graph and branching):
+            if step is None or (graph and branching):
+                step = policy.step(x, k, cond)
+        if branching:
+            noises = torch.stack(
+                [_step_noise(noise, trajectories, k, "candidate", j, like=x) for j in range(candidates)]
+            )
+            scored = score_latents(
+                policy,
+                step.detach().gaussian.sample(noises).flatten(0, 1),
+                k=k + 1,
+                cond=cond.repeat(candidates),
+                prompts=[*prompts] * candidates,
+                score=score,
+                gradient=gradient,
+            )
+            decision = decide(Branch(k, x, step, noises, scored))
+            trajectories.latents, step = decision.next_latents, decision.next_step
+            yield decision
+            del decision
+        else:
+            trajectories.latents = step.gaussian.sample(_step_noise(noise, trajectories, k, like=x))
+            step = None
+        if on_step:
+            on_step(k + 1)
+
+
+def _step_noise(noise: Noise, trajectories: Trajectories, k: int, *suffix: Key, like: Tensor) -> Tensor:
+    return noise.normals(like.shape[1:], trajectories.keys, "step", k, *suffix).to(like.device)

@@ -1,0 +1,85 @@
+"""The reward of a noisy latent: that of its predicted clean picture (TailorPO Eq. 12).
+
+    r_t(c, x) := E[r(c, x_0) | c, x]  is approximated by  r(c, decode(x0hat(x)))
+
+The network evaluation behind x0hat is the one that the next denoising step needs, so it is returned for reuse. A latent after
+the last step is decoded as it is.
+
+Left out here: lookahead and several continuations, which cost more evaluations and are no better for ranking siblings in the
+measurements so far; the Jensen gap between the two sides is ignored, as in the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tailorpo.models import Conditioning
+from tailorpo.policy import Policy, PolicyStep
+
+Score = Callable[[Tensor, Sequence[str]], Tensor]
+GradientPath = Literal["none", "full", "free"]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Latents x_k with their step rewards.
+
+    Attributes:
+        latents: (B, C, h, w).
+        step: the network's step from them, without a graph; None after the last step.
+        pictures: the predicted clean pictures, (B, 3, H, W).
+        reward: (B,), NaN where the reward was invalid.
+        gradient: d reward / d latents, (B, C, h, w), if it was asked for.
+    """
+
+    latents: Tensor
+    step: PolicyStep | None
+    pictures: Tensor
+    reward: Tensor
+    gradient: Tensor | None
+
+
+def score_latents(
+    policy: Policy,
+    latents: Tensor,
+    *,
+    k: int,
+    cond: Conditioning,
+    prompts: Sequence[str],
+    score: Score,
+    gradient: GradientPath = "none",
+) -> Scored:
+    """Score x_k = latents, with one network evaluation each (none where k is the end).
+
+    Args:
+        policy: the model under its sampler.
+        latents: (B, C, h, w).
+        k: how many steps lie behind the latents, 1..K.
+        cond: encoded prompts of the same B rows.
+        prompts: the B prompts.
+        score: the reward.
+        gradient: "full" through reward, decoder and network; "free" without the network's Jacobian, d x0hat / d x taken as
+            1 / alpha, which costs no backward through the network and keeps directions that the true Jacobian filters.
+    """
+    at_end = k == policy.schedule.steps
+    leaf = latents.detach().requires_grad_(gradient != "none")
+    with torch.set_grad_enabled(gradient == "full"):
+        step = None if at_end else policy.step(leaf, k, cond)
+        clean = leaf if step is None else step.x0
+    if gradient == "free":
+        leaf = clean = clean.detach().requires_grad_()
+    with torch.set_grad_enabled(gradient != "none"):
+        pictures = policy.model.decode(clean)
+        reward = score(pictures, prompts)
+    direction = None
+    if gradient != "none":
+        # Rows do not interact, so one backward of the sum gives every row's own gradient.
+        (direction,) = torch.autograd.grad(reward.sum(), leaf)
+        if gradient == "free" and not at_end:
+            direction = direction / float(policy.schedule.alpha[k])
+    return Scored(latents.detach(), step.detach() if step else None, pictures.detach(), reward.detach(), direction)
