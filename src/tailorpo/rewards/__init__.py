@@ -1,0 +1,118 @@
+"""Rewards: what says which picture is better.
+
+Each reward is a frozen dataclass that is its section of a run file; `load(device)` returns the thing to call with
+(images (B, 3, H, W) in [0, 1], prompts) -> (B,). Training and evaluation call a Scorer over one or several of them.
+Importing this package imports neither transformers nor any weights.
+
+In these classes `differentiable`, `needs`, `units` and `source` carry no annotation on purpose: a dataclass then takes
+them for facts about the class, not for fields that a run file could set.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from tailorpo.rewards.clip_preference import ClipPreference, EmojiJudge, EmojiPreference
+from tailorpo.rewards.colour import Brightness, Colourfulness
+from tailorpo.rewards.custom import CustomReward
+from tailorpo.rewards.jpeg import JpegCompressibility, JpegIncompressibility
+from tailorpo.rewards.scorer import Reward, Scorer
+
+BuiltinReward = (
+    EmojiPreference
+    | EmojiJudge
+    | ClipPreference
+    | JpegCompressibility
+    | JpegIncompressibility
+    | Colourfulness
+    | Brightness
+)
+RewardConfig = BuiltinReward | CustomReward
+"""Any reward's section of a run file; `name` says which, "package.module:attribute" is one's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardEntry:
+    """One summand of the score of a run."""
+
+    reward: RewardConfig
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a weight that is not finite."""
+        if not math.isfinite(self.weight):
+            raise ValueError(f"a reward's weight has to be a finite number, not {self.weight}")
+
+
+def load_scorer(
+    entries: Sequence[RewardEntry], device: torch.device | str, *, on_invalid: Literal["stop", "skip"] = "stop"
+) -> Scorer:
+    """Load every entry's reward on the device and put them into one Scorer."""
+    members: list[tuple[Reward, float]] = [(entry.reward.load(device), entry.weight) for entry in entries]
+    return Scorer(members, on_invalid=on_invalid)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardInfo:
+    """One line of `tailorpo rewards`."""
+
+    name: str
+    summary: str
+    differentiable: bool | None
+    """None: depends on the reward (one's own)."""
+    needs: str
+    units: str
+    source: str
+
+
+def describe_rewards() -> tuple[RewardInfo, ...]:
+    """What there is, for `tailorpo rewards` and the docs; the last one stands for a user's own."""
+    builtin: tuple[type[BuiltinReward], ...] = (
+        EmojiPreference,
+        EmojiJudge,
+        ClipPreference,
+        JpegCompressibility,
+        JpegIncompressibility,
+        Colourfulness,
+        Brightness,
+    )
+    kinds: list[tuple[str, type[RewardConfig], bool | None]] = [
+        *((kind.__dataclass_fields__["name"].default, kind, kind.differentiable) for kind in builtin),
+        ("package.module:attribute", CustomReward, None),
+    ]
+    return tuple(
+        RewardInfo(
+            name=name,
+            summary=(kind.__doc__ or "").partition("\n")[0],
+            differentiable=differentiable,
+            needs=kind.needs,
+            units=kind.units,
+            source=kind.source,
+        )
+        for name, kind, differentiable in kinds
+    )
+
+
+__all__ = [
+    "Brightness",
+    "BuiltinReward",
+    "ClipPreference",
+    "Colourfulness",
+    "CustomReward",
+    "EmojiJudge",
+    "EmojiPreference",
+    "JpegCompressibility",
+    "JpegIncompressibility",
+    "Reward",
+    "RewardConfig",
+    "RewardEntry",
+    "RewardInfo",
+    "Scorer",
+    "describe_rewards",
+    "load_scorer",
+]

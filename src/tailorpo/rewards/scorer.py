@@ -1,0 +1,178 @@
+"""What a reward is, and the Scorer that training and evaluation call.
+
+A reward maps pictures (B, 3, H, W) in [0, 1] and their prompts to (B,) numbers, higher is better. The Scorer adds
+several up, counts, and stands between the library and code it does not control: whatever a reward does wrong ends here,
+as one RewardError that names the reward, says what it was given and what came back, and how to go on.
+
+Left out: normalising rewards by running statistics (a pair compares two pictures under the same prompt, so a shift
+cancels and a scale belongs in `weight` or `tau`), and retrying a reward that failed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from tailorpo.errors import RewardError
+
+
+class Reward(Protocol):
+    """Anything that scores pictures; a plain object with these three members will do."""
+
+    @property
+    def name(self) -> str:
+        """What messages, metrics and tables call it."""
+        ...
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether the gradient of the score with respect to the pictures exists and is worth following."""
+        ...
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score images (B, 3, H, W) in [0, 1] against their prompts: a floating (B,) tensor, higher is better."""
+        ...
+
+
+class Scorer:
+    """The weighted sum of one or more rewards, checked and counted.
+
+    A gradient is "asked for" when gradients are enabled and `images.requires_grad`; then every member has to be
+    differentiable and its score has to depend on the pictures. In every other case the members run without a graph.
+    """
+
+    def __init__(
+        self, members: Sequence[tuple[Reward, float]], *, on_invalid: Literal["stop", "skip"] = "stop"
+    ) -> None:
+        """Take (reward, weight) pairs; `on_invalid` says what a NaN or infinite score does: stop, or become a NaN row.
+
+        Raises ValueError without members or with a weight that is not finite.
+        """
+        if not members:
+            raise ValueError("a Scorer needs at least one reward")
+        for reward, weight in members:
+            if not math.isfinite(weight):
+                raise ValueError(f"the weight of reward {reward.name!r} has to be a finite number, not {weight}")
+        self.members = tuple(members)
+        self.on_invalid: Literal["stop", "skip"] = on_invalid
+        self.queries = 0
+        """Pictures scored so far (a picture scored by several members counts once)."""
+        self.invalid = 0
+        """Pictures whose score was NaN or infinite so far; only `on_invalid="skip"` lets this grow."""
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether every member is."""
+        return all(reward.differentiable for reward, _ in self.members)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score images (B, 3, H, W) in [0, 1] against B prompts: (B,) float32, the weighted sum, NaN where skipped.
+
+        Raises RewardError if a member raises, returns the wrong thing, has no gradient where one is asked for, or
+        (under "stop") returns a number that is not finite; ValueError if images and prompts do not fit together.
+        """
+        scores = self._scores(images, prompts)
+        total = scores[0] * self.members[0][1]
+        for score, (_, weight) in zip(scores[1:], self.members[1:], strict=True):
+            total = total + score * weight
+        return total
+
+    def each(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Score as `__call__` does, but return every member's own unweighted (B,) by name ("name", "name#2", ...)."""
+        named: dict[str, Tensor] = {}
+        for (reward, _), score in zip(self.members, self._scores(images, prompts), strict=True):
+            copies = 1 + sum(taken.split("#")[0] == reward.name for taken in named)
+            named[reward.name if copies == 1 else f"{reward.name}#{copies}"] = score
+        return named
+
+    def _scores(self, images: Tensor, prompts: Sequence[str]) -> list[Tensor]:
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(f"expected floating images (B, 3, H, W), got {_describe(images)}")
+        if len(prompts) != len(images):
+            raise ValueError(f"{len(images)} pictures came with {len(prompts)} prompts")
+        gradient = torch.is_grad_enabled() and images.requires_grad
+        scores = [_score(reward, images, tuple(prompts), gradient=gradient) for reward, _ in self.members]
+        bad = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        for (reward, _), score in zip(self.members, scores, strict=True):
+            wrong = ~torch.isfinite(score.detach())
+            if self.on_invalid == "stop" and bool(wrong.any()):
+                raise RewardError(_not_finite(reward.name, score.detach(), wrong, images, prompts))
+            bad = bad | wrong
+        self.queries += len(images)
+        self.invalid += int(bad.sum())
+        # A row that is infinite in one member is NaN in all: no ranking can be built on half of a sum.
+        return [score.masked_fill(bad, math.nan) for score in scores] if bool(bad.any()) else scores
+
+
+def _score(reward: Reward, images: Tensor, prompts: tuple[str, ...], *, gradient: bool) -> Tensor:
+    """One member's (B,) float32 scores on the device of the images."""
+    if gradient and not reward.differentiable:
+        raise RewardError(
+            f"reward {reward.name!r} has no gradient, and one was asked for. Take a differentiable reward "
+            "(`tailorpo rewards` lists them) or an algorithm without reward gradients (algorithm.guidance=null)."
+        )
+    given = images if gradient else images.detach()
+    try:
+        with torch.set_grad_enabled(gradient):
+            score = reward(given, prompts)
+    except RewardError:
+        raise
+    except Exception as error:  # whatever a user's reward raises; KeyboardInterrupt and SystemExit pass
+        raise RewardError(
+            f"reward {reward.name!r} raised {type(error).__name__}: {error}\n"
+            f"  it was given {_describe(images)} and {len(prompts)} prompts, the first {prompts[:1]}\n"
+            "  it has to accept any batch size; try it alone on torch.rand(2, 3, 64, 64) and two prompts."
+        ) from error
+    problem = _problem(score, len(images))
+    if problem is not None:
+        raise RewardError(
+            f"reward {reward.name!r} has to return one floating-point number per picture, a tensor of shape "
+            f"({len(images)},); {problem}\n  it was given {_describe(images)} and {len(prompts)} prompts"
+        )
+    if gradient and not score.requires_grad:
+        raise RewardError(
+            f"reward {reward.name!r} says it is differentiable, but its score does not depend on the pictures through "
+            "autograd. Look for detach(), item(), numpy or PIL, torch.no_grad() or inference_mode() in it, or set its "
+            "`differentiable` to False."
+        )
+    return score.to(device=images.device, dtype=torch.float32)
+
+
+def _problem(score: object, count: int) -> str | None:
+    """What is wrong with what a reward returned, in words; None if nothing is."""
+    if not isinstance(score, Tensor):
+        return f"it returned a {type(score).__name__}. Return torch.tensor([...]) or stack the single scores."
+    got = f"it returned shape {tuple(score.shape)}, dtype {score.dtype}."
+    if score.shape != (count,):
+        if score.numel() == count:
+            return f"{got} Add .flatten() to it."
+        return f"{got} One number per picture: a mean over the batch is not enough to rank two pictures."
+    return None if score.is_floating_point() else f"{got} Add .float() to it."
+
+
+def _not_finite(name: str, score: Tensor, wrong: Tensor, images: Tensor, prompts: Sequence[str]) -> str:
+    first = int(wrong.nonzero()[0, 0])
+    lines = [
+        f"reward {name!r} returned {float(score[first])} for {int(wrong.sum())} of {len(score)} pictures, "
+        f"the first for the prompt {prompts[first]!r}",
+        f"  it was given {_describe(images)}",
+    ]
+    if bool(torch.isfinite(images.detach()).all()):
+        lines.append("  mend the reward, or leave such pictures out and count them: on_invalid_reward: skip")
+    else:
+        lines.append(
+            "  the pictures themselves are not finite, so the model, not the reward, is at fault: lower the lr"
+        )
+    return "\n".join(lines)
+
+
+def _describe(images: Tensor) -> str:
+    text = f"pictures of shape {tuple(images.shape)}, dtype {images.dtype}"
+    if images.numel() == 0:
+        return text
+    low, high = torch.aminmax(images.detach())
+    return f"{text}, values {float(low):.4g} to {float(high):.4g}"
