@@ -1,6 +1,6 @@
 """Run: the typed, frozen description of one training run, and how it is read, overridden and checked.
 
-A run file is YAML whose sections are the library's own dataclasses; `Run.to_yaml` shows all of it. Everything wrong with
+A run file is YAML whose sections are the library's own dataclasses; `Run.to_yaml` shows all of it. What is wrong with
 one is reported at once: misspelt keys, types, ranges, missing files, combinations that cannot work, each with its line.
 
     run = Run.load("recipes/emoji_tailorpo.yaml", ["updates=20", "optimizer.lr=1e-3"])
@@ -104,7 +104,6 @@ class Eval:
         prompts_unseen: prompts the training never saw; null for none.
         seeds: pictures per prompt, the same noise for both models.
         batch_size: pictures at once; does not change them.
-        every: also evaluate after every so many updates; 0 is at the end only.
         judge: a held-out reward that the training does not use; null for none.
     """
 
@@ -112,7 +111,6 @@ class Eval:
     prompts_unseen: PromptsConfig | None = None
     seeds: Positive = 4
     batch_size: Positive = 8
-    every: Count = 0
     judge: RewardConfig | None = None
 
     def __post_init__(self) -> None:
@@ -248,7 +246,7 @@ def _read(path: Path) -> str:
 
 
 def _make_absolute(data: Any) -> None:
-    """Make paths that exist relative to the working directory absolute, in place; a reward's own `args` are left alone."""
+    """Make paths that exist below the working directory absolute, in place; a reward's own `args` are left alone."""
     if isinstance(data, list):
         for item in cast(list[Any], data):
             _make_absolute(item)
