@@ -32,7 +32,7 @@ def pick_device() -> torch.device:
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not present.get(device.type, False):
         raise UserError(f"device {name!r} is not available here; use {_best()}")
-    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {name!r}: there are only {torch.cuda.device_count()} CUDA devices, counted from 0")
     return device
 

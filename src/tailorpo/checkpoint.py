@@ -1,13 +1,13 @@
-"""Checkpoints: one folder each, written so that a kill, a power cut or a full disk never costs more than the newest one.
+"""Checkpoints: one folder each, written so that a kill, a power cut or a full disk costs the newest one at most.
 
     checkpoints/update-000020/
         tensors.safetensors   the adapter's weights and the optimizer's moments
         state.json            everything else the loop needs
         manifest.json         update, and bytes and sha256 of the two files
 
-A checkpoint is written beside its place, forced to the disk and renamed; what has the final name is therefore complete. On
-reading, sizes and checksums are compared: a truncated or edited checkpoint is refused with a note, and the previous one used.
-No state of random number generators is kept, because noise is addressed by keys (`noise`).
+A checkpoint is written beside its place, forced to the disk and renamed; what has the final name is therefore complete.
+On reading, sizes and checksums are compared: a truncated or edited checkpoint is refused with a note, and the previous
+one used. No state of random number generators is kept, because noise is addressed by keys (`noise`).
 
 Left out: pickles (a checkpoint from elsewhere can never run code) and sharded files (an adapter is small).
 """

@@ -1,13 +1,14 @@
 """What a person sees while a run goes: what is happening, the reward so far, the time left.
 
-On a terminal one live block; elsewhere (a log file, a pipe) one plain line per update, so that nothing but text arrives there.
-Both are a `train.Reporter`.
+On a terminal one live block; elsewhere (a log file, a pipe) one plain line per update, so that nothing but text arrives
+there. Both are a `train.Reporter`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,7 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-_BARS = " ▁▂▃▄▅▆▇█"
+_BARS = "".join(chr(0x2580 + eighths) for eighths in range(1, 9))
 
 
 def sparkline(values: list[float], *, width: int = 40) -> str:
@@ -26,10 +27,10 @@ def sparkline(values: list[float], *, width: int = 40) -> str:
         return ""
     count = min(width, len(values))
     edges = [round(index * len(values) / count) for index in range(count + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means), max(means)
     span = high - low or 1.0
-    return "".join(_BARS[1 + round((value - low) / span * (len(_BARS) - 2))] for value in means)
+    return "".join(_BARS[round((value - low) / span * (len(_BARS) - 1))] for value in means)
 
 
 def duration(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """Metrics to TensorBoard, W&B and others, off unless the run file's `trackers` names some.
 
-metrics.jsonl and report.html are always written and need none of these. The trackers are accelerate's, each with its own
-package; their files land in the run directory under trackers/.
+metrics.jsonl and report.html are always written and need none of these. The trackers are accelerate's, each with its
+own package; their files land in the run directory under trackers/.
 """
 
 from __future__ import annotations
