@@ -9,12 +9,13 @@ For two candidates drawn from the SAME x_k the quadratic terms of the four log-d
     log-ratio(x)                    = (x - (mean + mean_ref) / 2) . (mean - mean_ref) / std^2
     KL(step || reference step)      = |mean - mean_ref|^2 / (2 std^2)
 
-Written with the noise z = (x - behaviour mean) / std that made a candidate, the first is (z_w - z_l) . (mean - mean_ref) / std:
-the mean of the policy that drew the candidates drops out, so a pair stays exact after the policy has moved on.
+Written with the noise z = (x - behaviour mean) / std that made a candidate, the first is
+(z_w - z_l) . (mean - mean_ref) / std: the mean of the policy that drew the candidates drops out, so a pair stays exact
+after the policy has moved on.
 Subtracting four log-densities instead loses 13 % at KL = 1e-4 in float32 and everything in half precision.
 
-Everything is computed in float32 or wider and is in nats of the SUM over dimensions: the log-ratio of the densities. (D3PO,
-DDPO and SPO take the mean, which divides beta by D = 16384 for SD 1.5.)
+Everything is computed in float32 or wider and is in nats of the SUM over dimensions: the log-ratio of the densities.
+(D3PO, DDPO and SPO take the mean, which divides beta by D = 16384 for SD 1.5.)
 
 Left out: a covariance other than std^2 I, which no sampler here has.
 """
@@ -54,7 +55,9 @@ class GaussianStep:
         """Log-density of x in nats, (B,)."""
         std = self._positive_std()
         dimensions = x[0].numel()
-        return -per_sample_sum((x - self.mean) ** 2) / (2 * std**2) - dimensions * math.log(std * math.sqrt(2 * math.pi))
+        return -per_sample_sum((x - self.mean) ** 2) / (2 * std**2) - dimensions * math.log(
+            std * math.sqrt(2 * math.pi)
+        )
 
     def log_ratio(self, x: Tensor, reference: GaussianStep) -> Tensor:
         """log p(x) - log p_ref(x) in nats, (B,)."""
@@ -75,8 +78,8 @@ class GaussianStep:
     def projection(self, noise_difference: Tensor, origin: Tensor) -> Tensor:
         """noise_difference . (mean - origin) / std, (B,): of policy minus reference it is `pair_logit`.
 
-        With an origin that both share, one number per pair stands for the reference's whole mean, so that later epochs need
-        neither its network evaluation nor its tensor.
+        With an origin that both share, one number per pair stands for the reference's whole mean, so that later epochs
+        need neither its network evaluation nor its tensor.
         """
         return per_sample_sum(noise_difference * ((self.mean - origin) / self._positive_std()))
 

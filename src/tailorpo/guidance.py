@@ -3,19 +3,19 @@
 Two forms of the push at step k, g = d r_t / d x at the winner, sigma the std of the step:
 
     target   x+ = x - eta_t d/dx (r_high - r_t)^2 = x + 2 eta_t (r_high - r_t) g      (TailorPO Eq. 14)
-             with r_high = r_t + delta, or a constant target; then it is never negative, since Eq. 14 as written would push the
-             reward DOWN where it is above the target. eta_t is constant or the paper's cosine on [0.1, 0.2].
+             with r_high = r_t + delta, or a constant target; then it is never negative, since Eq. 14 as written would
+             push the reward DOWN where it is above the target. eta_t is constant or the paper's cosine on [0.1, 0.2].
     sigma    x+ = x + k sigma g / |g|
 
-The first depends on the units of the reward: with delta = 0.5 it moves a miniature's latent by a hundredth of sigma. The
-second says how unlikely the winner becomes under its own policy and nothing else. `trust_region` bounds |x+ - x| by that many
-sigma in the first form; in the second, k is that bound itself.
+The first depends on the units of the reward: with delta = 0.5 it moves a miniature's latent by a hundredth of sigma.
+The second says how unlikely the winner becomes under its own policy and nothing else. `trust_region` bounds |x+ - x|
+by that many sigma in the first form; in the second, k is that bound itself.
 
-With `accept_reject` x+ is scored too, and where its step reward is not higher the winner stays where it was; the evaluation of
-x+ is the next step's, so only a decode and a reward query are added.
+With `accept_reject` x+ is scored too, and where its step reward is not higher the winner stays where it was; the
+evaluation of x+ is the next step's, so only a decode and a reward query are added.
 
-Guo et al. 2024 (arXiv 2404.14743) is the source of Eq. 14's form. Left out: the projection to the noise shell, pushing the
-loser down.
+Guo et al. 2024 (arXiv 2404.14743) is the source of Eq. 14's form. Left out: the projection to the noise shell, pushing
+the loser down.
 """
 
 from __future__ import annotations
@@ -95,18 +95,23 @@ class TargetGuidance:
         """x+ - x, of the gradient's shape; zero where the gradient is not finite."""
         unit, norm = _unit(gradient)
         missing = torch.full_like(reward, self.delta) if self.delta is not None else (self.target or 0.0) - reward
-        length = 2 * self.eta_at(progress) * missing.clamp(min=0) * norm
+        size = 2 * self.eta_at(progress) * missing.clamp(min=0) * norm
         if self.trust_region is not None:
-            length = length.clamp(max=self.trust_region * std)
-        return length.nan_to_num().view(-1, 1, 1, 1) * unit
+            size = size.clamp(max=self.trust_region * std)
+        return size.nan_to_num().view(-1, 1, 1, 1) * unit
 
 
 Guidance = SigmaGuidance | TargetGuidance
+
+
+def length(x: Tensor) -> Tensor:
+    """Euclidean length of each row: (B, ...) -> (B,)."""
+    return x.flatten(1).square().sum(dim=1).sqrt()
 
 
 def _unit(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """The direction of each row (zero where it has none) and its length (B,)."""
     finite = gradient.flatten(1).isfinite().all(dim=1).view(-1, 1, 1, 1)
     safe = torch.where(finite, gradient, torch.zeros_like(gradient))
-    norm = safe.flatten(1).norm(dim=1)
+    norm = length(safe)
     return safe / norm.clamp(min=torch.finfo(norm.dtype).tiny).view(-1, 1, 1, 1), norm

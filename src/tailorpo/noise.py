@@ -2,13 +2,13 @@
 
     noise = Noise(seed).normal(shape, "train", trajectory, "step", k, candidate)
 
-A draw depends on the run's seed and its key alone: not on what was drawn before, not on the batch it is part of, not on the
-device (numbers are drawn on the CPU and moved afterwards). Therefore the picture of trajectory 17 is the same in a batch of 1
-and of 8, a resumed run continues with the numbers the interrupted one would have drawn, and no state of a random number
-generator has to be saved. torch's global generator is neither read nor seeded.
+A draw depends on the run's seed and its key alone: not on what was drawn before, not on the batch it is part of, not
+on the device (numbers are drawn on the CPU and moved afterwards). Therefore the picture of trajectory 17 is the same
+in a batch of 1 and of 8, a resumed run continues with the numbers the interrupted one would have drawn, and no state
+of a random number generator has to be saved. torch's global generator is neither read nor seeded.
 
-Left out: drawing on the accelerator. Latents are small (64 kB for SD 1.5); one copy costs less than a result that depends on
-the device.
+Left out: drawing on the accelerator. Latents are small (64 kB for SD 1.5); one copy costs less than a result that
+depends on the device.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Noise:
 
     def permutation(self, n: int, *key: Key) -> list[int]:
         """The numbers 0..n-1 in random order."""
-        return torch.randperm(n, generator=self._generator(key)).tolist()
+        return [int(i) for i in torch.randperm(n, generator=self._generator(key))]
 
     def integer(self, n: int, *key: Key) -> int:
         """A whole number drawn uniformly from 0..n-1."""

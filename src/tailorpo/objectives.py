@@ -9,8 +9,8 @@ Hard labels have no fixed point: where rewards separate the candidates, Delta gr
 p = sigmoid(gap / tau) the loss is smallest at beta Delta = gap / tau: the policy tilted by exp(reward / (beta tau)).
 Small gaps, whose order is mostly noise, then pull with little weight instead of full weight.
 
-Left out: the clamp of the ratios to [0.9, 1.1] of D3PO's and SPO's code, which makes the sigmoid linear and the gradient zero
-outside.
+Left out: the clamp of the ratios to [0.9, 1.1] of D3PO's and SPO's code, which makes the sigmoid linear and the
+gradient zero outside.
 """
 
 from __future__ import annotations

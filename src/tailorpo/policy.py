@@ -65,7 +65,8 @@ class Policy:
         return PolicyStep(self.sampler.step(x0, epsilon, self.schedule, k=k), x0)
 
     def origin(self, latents: Tensor, k: int) -> Tensor:
-        """The part of step k's mean that no network changes: mean = origin + (a number) * epsilon, for every prediction."""
+        """The part of step k's mean that no network changes: mean = origin + (a number) * epsilon, for every
+        prediction."""
         return latents * float(self.schedule.alpha[k + 1] / self.schedule.alpha[k])
 
     def reference_step(self, latents: Tensor, k: int, cond: Conditioning) -> GaussianStep:

@@ -1,12 +1,12 @@
 """Sampling: two visible loops over the denoising steps.
 
-`rollout_chains` draws one latent per step: plain sampling. `rollout_branches` draws several candidates from the same x_k at
-the trained steps, scores them, and continues from the one that the algorithm chooses.
+`rollout_chains` draws one latent per step: plain sampling. `rollout_branches` draws several candidates from the same
+x_k at the trained steps, scores them, and continues from the one that the algorithm chooses.
 
-What a branching rollout costs, in guided network evaluations of one latent (F): K_all for the walk, and at each trained step one
-for every candidate but the chosen, whose evaluation is the next step's. The walk's own evaluation at a trained step carries the
-graph of the loss, so the loss needs none. Where two trained steps follow each other, the second is evaluated anew, because a
-score carries no graph. Latents after the last step are scored as they are.
+What a branching rollout costs, in guided network evaluations of one latent (F): K_all for the walk, and at each
+trained step one for every candidate but the chosen, whose evaluation is the next step's. The walk's own evaluation at
+a trained step carries the graph of the loss, so the loss needs none. Where two trained steps follow each other, the
+second is evaluated anew, because a score carries no graph. Latents after the last step are scored as they are.
 """
 
 from __future__ import annotations
@@ -149,8 +149,8 @@ def rollout_branches(
         candidates: how many to draw there.
         score: the reward of (pictures, prompts).
         decide: ranks a branch and says where to go on.
-        graph: keep the graph of the step from x_k, so that a loss can use it; the graph lives until the consumer of the yielded
-            decision lets go of it, so memory does not grow with the number of steps.
+        graph: keep the graph of the step from x_k, so that a loss can use it; the graph lives until the consumer of
+            the yielded decision lets go of it, so memory does not grow with the number of steps.
         gradient: whether the scores come with their gradient.
         on_step: called with the number of steps done.
     """

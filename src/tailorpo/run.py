@@ -24,6 +24,7 @@ from tailorpo import __version__
 from tailorpo.algorithms.tailorpo import TailorPO
 from tailorpo.errors import RunFileError, UserError
 from tailorpo.models import ModelConfig
+from tailorpo.optimizer import Optimizer
 from tailorpo.prompts import PromptsConfig, load_prompts
 from tailorpo.rewards import RewardConfig, RewardEntry
 from tailorpo.samplers import DDIM
@@ -50,32 +51,6 @@ _MAX_BYTES = 1_000_000
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optimizer:
-    """AdamW, as in the paper's line of work.
-
-    Attributes:
-        lr: learning rate after the warmup.
-        betas: decay of the two moment estimates.
-        weight_decay: decoupled decay.
-        eps: added to the root of the second moment.
-        grad_clip: the gradient's norm is clipped to this; null for no clipping.
-        warmup: updates over which the learning rate rises linearly from 0.
-    """
-
-    lr: PositiveFloat = 1e-4
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    eps: PositiveFloat = 1e-8
-    grad_clip: PositiveFloat | None = 1.0
-    warmup: Count = 0
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)

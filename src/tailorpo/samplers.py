@@ -8,7 +8,8 @@ DDIM (Song et al. 2021, arXiv 2010.02502, Eq. 12 and 16), with a = alpha^2 at st
 eta = 1 is ancestral DDPM sampling: mean and std are those of the Bayes posterior q(x_{k+1} | x_k, x0).
 eta = 0 is the deterministic sampler.
 
-Left out: clipping and thresholding of x0 (latents have no range to clip to), and the mutable state of diffusers' schedulers.
+Left out: clipping and thresholding of x0 (latents have no range to clip to), and the mutable state of diffusers'
+schedulers.
 """
 
 from __future__ import annotations

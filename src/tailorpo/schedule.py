@@ -1,10 +1,11 @@
 """How much signal and noise a latent holds before and after each denoising step.
 
-A latent on the way from noise to picture is x_k = alpha_k x_0 + sigma_k e, e ~ N(0, I), for k = 0 (almost pure noise) to k = K
-(finished). Step k leads from (alpha_k, sigma_k) to (alpha_{k+1}, sigma_{k+1}) and asks the network once, at the time it was
-trained with.
+A latent on the way from noise to picture is x_k = alpha_k x_0 + sigma_k e, e ~ N(0, I), for k = 0 (almost pure noise)
+to k = K (finished). Step k leads from (alpha_k, sigma_k) to (alpha_{k+1}, sigma_{k+1}) and asks the network once, at
+the time it was trained with.
 
-Variance-preserving (DDPM, Ho et al. 2020, arXiv 2006.11239; Stable Diffusion): alpha = sqrt(abar), sigma = sqrt(1 - abar).
+Variance-preserving (DDPM, Ho et al. 2020, arXiv 2006.11239; Stable Diffusion): alpha = sqrt(abar) and
+sigma = sqrt(1 - abar).
 
 Left out: schedules of flow models, and spacings other than the two that Stable Diffusion checkpoints use.
 """

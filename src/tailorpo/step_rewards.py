@@ -2,11 +2,11 @@
 
     r_t(c, x) := E[r(c, x_0) | c, x]  is approximated by  r(c, decode(x0hat(x)))
 
-The network evaluation behind x0hat is the one that the next denoising step needs, so it is returned for reuse. A latent after
-the last step is decoded as it is.
+The network evaluation behind x0hat is the one that the next denoising step needs, so it is returned for reuse. A
+latent after the last step is decoded as it is.
 
-Left out here: lookahead and several continuations, which cost more evaluations and are no better for ranking siblings in the
-measurements so far; the Jensen gap between the two sides is ignored, as in the paper.
+Left out here: lookahead and several continuations, which cost more evaluations and are no better for ranking siblings
+in the measurements so far; the Jensen gap between the two sides is ignored, as in the paper.
 """
 
 from __future__ import annotations
@@ -63,8 +63,9 @@ def score_latents(
         cond: encoded prompts of the same B rows.
         prompts: the B prompts.
         score: the reward.
-        gradient: "full" through reward, decoder and network; "free" without the network's Jacobian, d x0hat / d x taken as
-            1 / alpha, which costs no backward through the network and keeps directions that the true Jacobian filters.
+        gradient: "full" through reward, decoder and network; "free" without the network's Jacobian, d x0hat / d x
+            taken as 1 / alpha, which costs no backward through the network and keeps directions that the true Jacobian
+            filters.
     """
     at_end = k == policy.schedule.steps
     leaf = latents.detach().requires_grad_(gradient != "none")

@@ -1,16 +1,17 @@
 """TailorPO and TailorPO-G (Ren et al. 2025, arXiv 2502.01667).
 
-At a trained step two candidates are drawn from the SAME x_k, ranked by the reward of their predicted clean pictures (Eq. 12),
-and the pair is trained with
+At a trained step two candidates are drawn from the SAME x_k, ranked by the reward of their predicted clean pictures
+(Eq. 12), and the pair is trained with
 
-    L = -log sigmoid(beta [log pi(x_w | x_k) / pi_ref(x_w | x_k) - log pi(x_l | x_k) / pi_ref(x_l | x_k)])          (Eq. 10)
+    L = -log sigmoid(beta [log pi(x_w | x_k) / pi_ref(x_w | x_k) - log pi(x_l | x_k) / pi_ref(x_l | x_k)])   (Eq. 10)
 
-in the closed form of `gaussian_step`: one policy evaluation and one reference evaluation serve the pair. The trajectory goes on
-from the winner. TailorPO-G first moves the winner along the gradient of its reward (Eq. 14, `guidance`).
+in the closed form of `gaussian_step`: one policy evaluation and one reference evaluation serve the pair. The
+trajectory goes on from the winner. TailorPO-G first moves the winner along the gradient of its reward (Eq. 14,
+`guidance`).
 
-beta is in nats of the sum over dimensions. The paper leaves open: beta, which steps are trained, when the policy is updated, and
-whether the walk goes on from the guided winner. Here: every choice is a field, the update comes after all trajectories of a
-batch, and the walk goes on from the guided winner, whose evaluation the next step needs anyway.
+beta is in nats of the sum over dimensions. The paper leaves open: beta, which steps are trained, when the policy is
+updated, and whether the walk goes on from the guided winner. Here: every choice is a field, the update comes after all
+trajectories of a batch, and the walk goes on from the guided winner, whose evaluation the next step needs anyway.
 
 Left out: the ratio clamp of D3PO's and SPO's code (see `objectives`), and more than two candidates.
 """
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from tailorpo.gaussian_step import GaussianStep
-from tailorpo.guidance import Guidance
+from tailorpo.guidance import Guidance, length
 from tailorpo.models import Conditioning
 from tailorpo.noise import Noise
 from tailorpo.objectives import dpo, soft_dpo
@@ -65,8 +66,9 @@ class Cost:
 class Pair:
     """One ranked pair per trajectory, at one step: what the loss needs, and what the log wants to know.
 
-    Everything is (B,) or (B, C, h, w). `noise_difference` is z_w - z_l after guidance, `push` its size there in sigma, rewards and
-    gap are those before it. `step` carries the graph of the rollout under an inline update and is None otherwise.
+    Everything is (B,) or (B, C, h, w). `noise_difference` is z_w - z_l after guidance, `push` its size there in sigma,
+    rewards and gap are those before it. `step` carries the graph of the rollout under an inline update and is None
+    otherwise.
     """
 
     k: int
@@ -81,6 +83,7 @@ class Pair:
     reward_winner: Tensor
     reward_loser: Tensor
     gap: Tensor
+    logit: Tensor
     kl: Tensor
     log_ratio_winner: Tensor
     log_ratio_loser: Tensor
@@ -135,14 +138,6 @@ class StoredPairs:
         )
 
 
-@dataclass(frozen=True)
-class PairLoss:
-    """The unreduced loss (B,), zero for pairs without an order, and the logit (B,) in nats, without a graph."""
-
-    loss: Tensor
-    logit: Tensor
-
-
 @dataclass(frozen=True, kw_only=True)
 class TailorPO:
     """The `algorithm` section of a run file, and the algorithm.
@@ -152,14 +147,14 @@ class TailorPO:
         train_steps: which of the sampler's steps are trained: a count, spread evenly; a list of 0-based steps; or
             {first, last, count}.
         offset: where in its stratum each of `count` steps lies: "centred", or "random", drawn anew for every update.
-        step_weights: "normalised" divides beta by |d mean / d epsilon| / sigma of the step, so that one change of the network
-            counts the same at every step; "uniform" is the loss as written.
+        step_weights: "normalised" divides beta by |d mean / d epsilon| / sigma of the step, so that one change of the
+            network counts the same at every step; "uniform" is the loss as written.
         labels: "hard" as in the paper, or "soft": the winner is better with probability sigmoid(gap / tau).
         tau: label temperature in units of the reward, the same for all steps; needed for soft labels.
         continue_from: which candidate the trajectory goes on from.
         guidance: moves the winner before training (TailorPO-G); null for none.
-        update: "inline": the sampling forward's graph serves the loss, one optimizer step per update; "buffered": pairs are
-            collected first and trained in shuffled minibatches.
+        update: "inline": the sampling forward's graph serves the loss, one optimizer step per update; "buffered":
+            pairs are collected first and trained in shuffled minibatches.
         inner_epochs: passes over the buffer.
         minibatch: pairs per optimizer step of the buffered update.
     """
@@ -199,8 +194,8 @@ class TailorPO:
         elif isinstance(wanted, Steps):
             if not (0 <= wanted.first <= wanted.last < steps and 1 <= wanted.count <= wanted.last - wanted.first + 1):
                 found.append(
-                    f"algorithm.train_steps: need 0 <= first <= last < {steps} (sampler.steps) and count in 1..last-first+1,"
-                    f" got first {wanted.first}, last {wanted.last}, count {wanted.count}"
+                    f"algorithm.train_steps: need 0 <= first <= last < {steps} (sampler.steps) and count in"
+                    f" 1..last-first+1, got first {wanted.first}, last {wanted.last}, count {wanted.count}"
                 )
         elif not wanted or len(set(wanted)) < len(wanted) or not all(0 <= k < steps for k in wanted):
             found.append(
@@ -215,8 +210,8 @@ class TailorPO:
             found.append("algorithm.tau has no effect with hard labels; set algorithm.labels to soft or leave tau out")
         if self.guidance is not None and not differentiable:
             found.append(
-                "algorithm.guidance (TailorPO-G) needs the gradient of the reward, and this reward is not differentiable;"
-                " use guidance: null (TailorPO) or a differentiable reward"
+                "algorithm.guidance (TailorPO-G) needs the gradient of the reward, and this reward is not"
+                " differentiable; use guidance: null (TailorPO) or a differentiable reward"
             )
         if self.update == "inline" and self.inner_epochs > 1:
             found.append("algorithm.inner_epochs needs update: buffered; an inline update uses each pair once")
@@ -273,7 +268,8 @@ class TailorPO:
     ) -> Iterator[Pair]:
         """Walk the trajectories to the end and yield a ranked pair of each at every trained step.
 
-        Under an inline update a pair carries the graph of its step: run the loss and its backward before asking for the next.
+        Under an inline update a pair carries the graph of its step: run the loss and its backward before asking for
+        the next.
         """
 
         def decide(branch: Branch) -> Pair:
@@ -292,8 +288,11 @@ class TailorPO:
             on_step=on_step,
         )
 
-    def loss(self, policy: Policy, pair: Pair | StoredPairs) -> PairLoss:
-        """Eq. 10 of a pair: from the graph that the rollout left, or from a new evaluation of x_k."""
+    def loss(self, policy: Policy, pair: Pair | StoredPairs) -> Tensor:
+        """Eq. 10 of each pair, (B,), from the graph that the rollout left or from a new evaluation of x_k.
+
+        It is zero for pairs without an order.
+        """
         if isinstance(pair, StoredPairs):
             gaussian = policy.step(pair.latents, pair.k, pair.cond).gaussian
             origin = policy.origin(pair.latents, pair.k)
@@ -304,13 +303,12 @@ class TailorPO:
         beta = self.beta
         if self.step_weights == "normalised":
             beta = beta / policy.sampler.noise_weight(policy.schedule, pair.k)
-        loss = soft_dpo(logit, beta=beta, probability=pair.probability) if self.labels == "soft" else dpo(logit, beta=beta)
-        return PairLoss(torch.where(pair.valid, loss, torch.zeros_like(loss)), logit.detach())
+        soft = self.labels == "soft"
+        loss = soft_dpo(logit, beta=beta, probability=pair.probability) if soft else dpo(logit, beta=beta)
+        return torch.where(pair.valid, loss, torch.zeros_like(loss))
 
     @torch.no_grad()
-    def _rank(
-        self, policy: Policy, branch: Branch, trajectories: Trajectories, *, score: Score, noise: Noise
-    ) -> Pair:
+    def _rank(self, policy: Policy, branch: Branch, trajectories: Trajectories, *, score: Score, noise: Noise) -> Pair:
         """Label a branch: winner, loser, guidance, and where to go on."""
         batch = len(trajectories)
         rows = torch.arange(batch, device=branch.latents.device)
@@ -353,10 +351,11 @@ class TailorPO:
             reward_winner=reward_winner,
             reward_loser=reward_loser,
             gap=gap,
+            logit=gaussian.pair_logit(noise_difference, reference),
             kl=gaussian.kl(reference),
             log_ratio_winner=gaussian.log_ratio(gaussian.sample(noise_winner), reference),
             log_ratio_loser=gaussian.log_ratio(gaussian.sample(noise_loser), reference),
-            push=moved.push.flatten(1).norm(dim=1) / gaussian.std,
+            push=length(moved.push) / gaussian.std,
             accepted=moved.accepted,
             pictures_winner=branch.scored.pictures[first],
             pictures_loser=branch.scored.pictures[second],
@@ -377,11 +376,10 @@ class TailorPO:
         if guidance is None or scored.gradient is None:
             return _Moved(torch.zeros_like(latents), zero, accepted=yes, latents=latents, step=step)
         gradient = scored.gradient[winner]
-        push = guidance.push(
-            gradient, reward, std=branch.step.gaussian.std, progress=branch.k / policy.schedule.steps
-        )
+        push = guidance.push(gradient, reward, std=branch.step.gaussian.std, progress=branch.k / policy.schedule.steps)
         if not guidance.accept_reject:
-            gain = (gradient * push).flatten(1).sum(dim=1)  # to first order; what it really is would cost a reward query
+            # To first order; what it really is would cost a decode and a reward query.
+            gain = (gradient * push).flatten(1).sum(dim=1)
             return _Moved(push, gain.nan_to_num(), accepted=yes, latents=latents + push, step=None)
         again = score_latents(
             policy, latents + push, k=branch.k + 1, cond=trajectories.cond, prompts=trajectories.prompts, score=score
@@ -403,7 +401,8 @@ class TailorPO:
 
 @dataclass(frozen=True)
 class _Moved:
-    """Winners after guidance: how far they moved, what reward that gained, and the policy's step from there if it is known."""
+    """Winners after guidance: how far they moved, what reward that gained, and the policy's step from there if it is
+    known."""
 
     push: Tensor
     gain: Tensor

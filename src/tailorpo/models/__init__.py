@@ -1,6 +1,7 @@
 """What tailorpo needs of a text-to-image model, and the `model` section of a run file.
 
-Model families know nothing of algorithms: they encode prompts, predict, decode, and switch their adapter off for the reference.
+Model families know nothing of algorithms: they encode prompts, predict, decode, and switch their adapter off for the
+reference.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Conditioning:
 class DiffusionModel(Protocol):
     """One text-to-image model with a trainable adapter.
 
-    `evaluations` counts guided forwards since construction: one forward of one latent, whatever its guidance needs inside.
+    `evaluations` counts guided forwards since construction: one forward of one latent, whatever its guidance needs
+    inside.
     """
 
     latent_shape: tuple[int, int, int]
@@ -95,8 +97,9 @@ class LoRA:
     Attributes:
         rank: rank of each update.
         alpha: scale of the update is alpha / rank; None is alpha = rank.
-        targets: "attention" (query, key, value, output projections, as the paper's line of work does), or "attention+conv":
-            also the convolutions of the residual blocks, needed where the network has little attention.
+        targets: "attention" (query, key, value, output projections, as the paper's line of work does), or
+            "attention+conv": also the convolutions of the residual blocks, needed where the network has little
+            attention.
     """
 
     rank: int = 4

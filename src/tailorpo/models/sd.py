@@ -1,30 +1,38 @@
 """Stable Diffusion 1.x and 2.x, and every model in the same diffusers folder format (such as the bundled miniature).
 
-The guided output is m = m_uncond + w (m_cond - m_uncond) (Ho and Salimans 2022, arXiv 2207.12598); both halves are one network
-call, and gradients flow through both. The reference is the same network with its LoRA switched off: no second copy.
+The guided output is m = m_uncond + w (m_cond - m_uncond) (Ho and Salimans 2022, arXiv 2207.12598); both halves are one
+network call, and gradients flow through both. The reference is the same network with its LoRA switched off: no second
+copy.
 
-The decoder's output is clamped to [0, 1] with a straight-through gradient: a plain clamp has gradient zero on white and black,
-which are most of a clean picture, and would stop a reward's gradient there.
+The decoder's output is clamped to [0, 1] with a straight-through gradient: a plain clamp has gradient zero on white
+and black, which are most of a clean picture, and would stop a reward's gradient there.
 
-Left out: the safety checker (it judges finished pictures and has no part in training), and training of the text encoder.
+Left out: the safety checker (it judges finished pictures and has no part in training), and training of the text
+encoder.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.utils import logging as diffusers_logging
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import LoraConfig
+from peft import get_peft_model_state_dict as get_peft_state  # pyright: ignore[reportUnknownVariableType]
+from peft import set_peft_model_state_dict as set_peft_state  # pyright: ignore[reportUnknownVariableType]
+from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from tailorpo.errors import UserError
 from tailorpo.models import Conditioning, LoRA, ModelConfig
@@ -49,7 +57,7 @@ class StableDiffusion:
         vae: AutoencoderKL,
         *,
         text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
+        tokenizer: Any,
         scheduler: DDIMScheduler,
         lora: LoRA | None,
         seed: int,
@@ -78,27 +86,27 @@ class StableDiffusion:
             UserError: the folder is missing, or holds something else than a Stable Diffusion 1.x / 2.x.
         """
         folder = model_folder(config.path)
-        # The pipeline would announce the missing safety checker, which it is asked to do without.
-        verbosity = diffusers_logging.get_verbosity()
-        diffusers_logging.set_verbosity_error()
         try:
-            pipe: Any = StableDiffusionPipeline.from_pretrained(
-                str(folder),
-                torch_dtype=DTYPES[config.dtype],
-                safety_checker=None,
-                requires_safety_checker=False,
-                local_files_only=True,
-            )
+            with _quiet():
+                unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", local_files_only=True)
+                vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", local_files_only=True)
+                text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", local_files_only=True)
+                tokenizer: Any = CLIPTokenizer.from_pretrained(  # pyright: ignore[reportUnknownVariableType]
+                    folder, subfolder="tokenizer", local_files_only=True
+                )
+                # Whatever sampler the folder names, its noise schedule reads as DDIM's.
+                settings: Any = DDIMScheduler.load_config(folder, subfolder="scheduler", local_files_only=True)
+                scheduler: Any = DDIMScheduler.from_config(settings)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(f"the model in {folder} cannot be loaded: {error}") from error
-        finally:
-            diffusers_logging.set_verbosity(verbosity)
+        for network in (unet, vae, text_encoder):
+            nn.Module.to(network, device, DTYPES[config.dtype])
         return cls(
-            pipe.unet.to(device),
-            pipe.vae.to(device),
-            text_encoder=pipe.text_encoder.to(device),
-            tokenizer=pipe.tokenizer,
-            scheduler=DDIMScheduler.from_config(pipe.scheduler.config),
+            unet,
+            vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            scheduler=scheduler,
             lora=config.lora,
             seed=seed,
         )
@@ -145,7 +153,7 @@ class StableDiffusion:
         return pictures + (pictures.clamp(0, 1) - pictures).detach()
 
     @contextmanager
-    def reference(self) -> Iterator[None]:
+    def reference(self) -> Generator[None]:
         if self.lora is None:
             raise UserError("a model without LoRA has no reference: set model.lora")
         self.unet.disable_adapters()
@@ -159,7 +167,7 @@ class StableDiffusion:
 
     def save_lora(self, folder: Path) -> None:
         # diffusers reads a LoRA without alpha as alpha = rank, so the scale goes into the "up" matrices.
-        state = self._scaled_state()
+        state: dict[str, nn.Module | Tensor] = {**self._scaled_state()}
         StableDiffusionPipeline.save_lora_weights(str(folder), unet_lora_layers=state, safe_serialization=True)
 
     def load_lora(self, folder: Path) -> None:
@@ -168,7 +176,7 @@ class StableDiffusion:
         path = folder / LORA_FILE
         if not path.is_file():
             raise UserError(f"there is no LoRA at {path}")
-        found = {name.removeprefix("unet."): value for name, value in load_file(path, device="cpu").items()}
+        found = {name.removeprefix("unet."): value for name, value in load_file(path).items()}
         expected = self._scaled_state()
         wrong = [name for name in expected if name not in found or found[name].shape != expected[name].shape]
         if wrong or len(found) != len(expected):
@@ -179,14 +187,14 @@ class StableDiffusion:
             )
         scale = self._scaling()
         state = {name: value / scale if ".lora_B." in name else value for name, value in found.items()}
-        set_peft_model_state_dict(self.unet, state, adapter_name=ADAPTER)
+        set_peft_state(self.unet, state, adapter_name=ADAPTER)
 
     def _scaling(self) -> float:
         assert self.lora is not None
         return 1.0 if self.lora.alpha is None else self.lora.alpha / self.lora.rank
 
     def _scaled_state(self) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = get_peft_model_state_dict(self.unet, adapter_name=ADAPTER)
+        state: dict[str, Tensor] = get_peft_state(self.unet, adapter_name=ADAPTER)
         scale = self._scaling()
         return {
             name: (value * scale if ".lora_B." in name else value).detach().cpu().contiguous()
@@ -195,7 +203,8 @@ class StableDiffusion:
 
     def _attach(self, lora: LoRA, *, seed: int) -> None:
         targets = ATTENTION_MODULES + (CONVOLUTION_MODULES if lora.targets == "attention+conv" else [])
-        config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha or lora.rank, target_modules=targets)
+        alpha: Any = lora.alpha or lora.rank  # peft's annotation says int, its arithmetic does not care
+        config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=targets)
         self.unet.add_adapter(config, adapter_name=ADAPTER)
         noise = Noise(seed)
         with torch.no_grad():
@@ -205,6 +214,23 @@ class StableDiffusion:
                     # Variance 1 / (3 fan_in), as peft's default initialisation, but drawn from the run's own streams.
                     fan_in = parameter[0].numel()
                     parameter.copy_(noise.normal(parameter.shape, "lora", name) / (3 * fan_in) ** 0.5)
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Without the progress bars and notices that the loaders print for every component."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(levels[0])
+        transformers_logging.set_verbosity(levels[1])
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def model_folder(path: str) -> Path:
@@ -218,8 +244,8 @@ def model_folder(path: str) -> Path:
     if not index.is_file():
         bundled = ", ".join(BUNDLED)
         raise UserError(
-            f"model.path: there is no diffusers model at {folder} (no model_index.json); give a bundled name ({bundled})"
-            " or a local folder as saved by StableDiffusionPipeline.save_pretrained"
+            f"model.path: there is no diffusers model at {folder} (no model_index.json);"
+            f" give a bundled name ({bundled}) or a local folder as saved by StableDiffusionPipeline.save_pretrained"
         )
     kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     if kind != "StableDiffusionPipeline":

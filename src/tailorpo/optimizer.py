@@ -1,0 +1,142 @@
+"""The optimizer of a run: AdamW with gradient clipping and a linear warm-up, whose whole state is named tensors.
+
+The state goes into checkpoints as plain tensors, never as a pickle; restored, the next step is bit for bit the one
+that would have followed.
+
+Left out: learning-rate decay, which runs that can be extended later have no end for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from tailorpo.errors import CheckpointError, DivergedError
+from tailorpo.settings import check_fields
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """The `optimizer` section of a run file: AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101).
+
+    Attributes:
+        lr: learning rate after the warm-up.
+        betas: decay of the two moments.
+        weight_decay: decoupled decay per step, times lr.
+        eps: added to the root of the second moment.
+        grad_clip: largest norm of the whole gradient; null for no clipping.
+        warmup: optimizer steps over which the learning rate rises linearly.
+    """
+
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
+    warmup: Annotated[int, Field(ge=0)] = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+class Learner:
+    """Applies gradients to the trained parameters.
+
+    Args:
+        parameters: the trained parameters by name.
+        config: the optimizer section.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: Optimizer) -> None:
+        self.parameters = dict(parameters)
+        self.config = config
+        self.steps = 0
+        self._adamw = torch.optim.AdamW(
+            list(self.parameters.values()),
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            eps=config.eps,
+        )
+        self._loss = 0.0
+        self._losses: list[float] = []
+        self._norms: list[float] = []
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a scalar loss."""
+        loss.backward()
+        self._loss += float(loss.detach())
+
+    def step(self) -> None:
+        """One optimizer step with the gradient gathered so far.
+
+        Raises:
+            DivergedError: the loss or the gradient is not finite; the parameters are left as they were.
+        """
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.grad_clip or math.inf))
+        if gradients and not (math.isfinite(self._loss) and math.isfinite(norm)):
+            raise DivergedError(
+                f"training has diverged: loss {self._loss}, gradient norm {norm}. No step was taken with it and the"
+                " last checkpoint is kept; a smaller optimizer.lr, a larger algorithm.beta or less guidance may help"
+            )
+        self.steps += 1
+        for group in self._adamw.param_groups:
+            group["lr"] = self.lr
+        self._adamw.step()
+        self._adamw.zero_grad(set_to_none=True)
+        self._losses.append(self._loss)
+        self._norms.append(norm)
+        self._loss = 0.0
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the latest step."""
+        return self.config.lr * min(1.0, self.steps / max(self.config.warmup, 1))
+
+    def take_metrics(self) -> dict[str, float]:
+        """Loss and gradient norm before clipping, averaged over the steps since the last call."""
+        count = max(len(self._losses), 1)
+        metrics = {"loss": sum(self._losses) / count, "grad_norm": sum(self._norms) / count, "lr": self.lr}
+        self._losses, self._norms = [], []
+        return metrics
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and optimizer state under names that do not change, on the CPU."""
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            state[f"parameter/{name}"] = parameter.detach().cpu().contiguous()
+            for key, value in self._adamw.state.get(parameter, {}).items():
+                state[f"optimizer/{key}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+        return state
+
+    def load_tensors(self, tensors: Mapping[str, Tensor], *, steps: int) -> None:
+        """Take over what `tensors` of an equal run returned after `steps` optimizer steps.
+
+        Raises:
+            CheckpointError: the tensors are those of other parameters.
+        """
+        names = {name.removeprefix("parameter/") for name in tensors if name.startswith("parameter/")}
+        if names != self.parameters.keys() or any(
+            tensors[f"parameter/{name}"].shape != parameter.shape for name, parameter in self.parameters.items()
+        ):
+            raise CheckpointError("the checkpoint holds other parameters than this run trains; model.lora was changed")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"parameter/{name}"])
+        for key_name, value in tensors.items():
+            kind, _, rest = key_name.partition("/")
+            if kind == "optimizer":
+                key, _, name = rest.partition("/")
+                parameter = self.parameters[name]
+                placed = value.clone() if key == "step" else value.to(parameter.device, copy=True)
+                self._adamw.state[parameter][key] = placed
+        self.steps = steps

@@ -1,0 +1,70 @@
+"""Keeps a few ranked pairs as pictures, so that people can see what the algorithm was told to prefer.
+
+samples/pairs/update-000001/pairs.json    one entry per pair: prompt, step, rewards, file names
+samples/pairs/update-000001/*.png         the predicted clean pictures of both candidates
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tailorpo.algorithms.tailorpo import Pair
+from tailorpo.files import atomic_write
+from tailorpo.images import save_png
+
+TRAJECTORIES = 2
+
+
+class PairGallery:
+    """Records the pairs of the first trajectories of one update.
+
+    Args:
+        folder: where the galleries of a run go.
+        update: number of the update, counted from 1.
+        times: the network's time at each step, (K,).
+    """
+
+    def __init__(self, folder: Path, *, update: int, times: Tensor) -> None:
+        self._folder = folder / f"update-{update:06d}"
+        self._times = times
+        self._entries: list[dict[str, Any]] = []
+
+    def add(self, pair: Pair, *, first_trajectory: int) -> None:
+        """Record the pairs of a batch that belong to the update's first trajectories; `first_trajectory` is row 0's
+        number."""
+        for row in range(min(len(pair.prompts), TRAJECTORIES - first_trajectory)):
+            stem = f"trajectory-{first_trajectory + row}-step-{pair.k:02d}"
+            files = {"winner": f"{stem}-winner.png", "loser": f"{stem}-loser.png"}
+            self._folder.mkdir(parents=True, exist_ok=True)
+            save_png(pair.pictures_winner[row].cpu(), self._folder / files["winner"])
+            save_png(pair.pictures_loser[row].cpu(), self._folder / files["loser"])
+            self._entries.append(
+                {
+                    "prompt": pair.prompts[row],
+                    "trajectory": first_trajectory + row,
+                    "k": pair.k,
+                    "time": int(self._times[pair.k]),
+                    "reward_winner": _number(pair.reward_winner[row]),
+                    "reward_loser": _number(pair.reward_loser[row]),
+                    "guided": bool(pair.push[row] > 0),
+                    **files,
+                }
+            )
+
+    def save(self) -> None:
+        """Write the list beside its pictures."""
+        entries = sorted(self._entries, key=lambda entry: (entry["trajectory"], entry["k"]))
+        atomic_write(self._folder / "pairs.json", json.dumps(entries, indent=1))
+
+
+def gallery_updates(updates: int) -> set[int]:
+    """The updates (counted from 1) whose pairs are kept: first, last, and three between."""
+    return {1 + round(i * (updates - 1) / 4) for i in range(5)} if updates > 0 else set()
+
+
+def _number(reward: Tensor) -> float | None:
+    return float(reward) if bool(reward.isfinite()) else None

@@ -1,0 +1,210 @@
+"""The training loop: collect -> loss -> update, once for every algorithm.
+
+An algorithm is two functions. `collect` walks a batch of trajectories from noise to picture and yields ranked pairs on
+the way; `loss` turns a pair into numbers with a gradient. Inline, the loss of a pair is run while the graph of the
+sampling forward is still there; buffered, pairs are stored and trained in shuffled minibatches afterwards.
+
+Every random number is addressed by (seed, trajectory number, step), so a resumed run needs its parameters, its
+optimizer state and its counters, and nothing else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+import torch
+
+from tailorpo._distributed import pick_device
+from tailorpo.algorithms.tailorpo import StoredPairs
+from tailorpo.checkpoint import load_latest_checkpoint, save_checkpoint
+from tailorpo.files import storage_errors
+from tailorpo.metrics import PairMetrics
+from tailorpo.models import DiffusionModel
+from tailorpo.noise import Noise
+from tailorpo.optimizer import Learner
+from tailorpo.pair_gallery import PairGallery, gallery_updates
+from tailorpo.policy import Policy
+from tailorpo.prompts import load_prompts, prompt_order
+from tailorpo.rewards import Scorer, load_scorer
+from tailorpo.rollout import Trajectories, start_trajectories
+from tailorpo.run import Run
+from tailorpo.rundir import RunDirectory
+from tailorpo.tracking import open_trackers
+
+
+class Reporter(Protocol):
+    """Hears what training is doing; the progress display is one."""
+
+    def phase(self, text: str) -> None:
+        """A new phase begins, such as loading or training."""
+        ...
+
+    def step(self, done: int, total: int) -> None:
+        """Progress within an update or an evaluation."""
+        ...
+
+    def update(self, metrics: dict[str, Any]) -> None:
+        """An update is done; `metrics` is its line of metrics.jsonl."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something a person should read."""
+        ...
+
+
+def train(run: Run, directory: RunDirectory, *, reporter: Reporter) -> DiffusionModel:
+    """Train from the last checkpoint in `directory`, or from the start, to `run.updates`.
+
+    Returns:
+        The model with its trained LoRA, which is also at lora/ in the directory.
+
+    Raises:
+        UserError: the model, the prompts or the reward cannot be used.
+        DivergedError: the loss stopped being a number; the last checkpoint is kept.
+        StorageError: the disk refused a write; what was saved before is kept.
+    """
+    reporter.phase("loading the model and the reward")
+    device = pick_device()
+    policy = Policy(run.model.load(device, seed=run.seed), run.sampler)
+    score = load_scorer(run.reward, device, on_invalid=run.on_invalid_reward)
+    learner = Learner(policy.model.trainable(), run.optimizer)
+    session = Session(run, policy, score=score, learner=learner, directory=directory, reporter=reporter)
+    finished = session.restore()
+    directory.truncate_metrics(finished)
+    trackers = open_trackers(run, directory)
+    reporter.phase("training")
+    try:
+        for update in range(finished, run.updates):
+            started = time.perf_counter()
+            metrics = session.update(update)
+            metrics["seconds"] = time.perf_counter() - started
+            directory.append_metrics(metrics)
+            trackers.log(metrics, step=update + 1)
+            reporter.update(metrics)
+            if (update + 1) % run.checkpoint_every == 0 or update + 1 == run.updates:
+                session.save(update + 1)
+    finally:
+        trackers.close()
+    return policy.model
+
+
+class Session:
+    """One run in progress: everything that lives from one update to the next."""
+
+    def __init__(
+        self, run: Run, policy: Policy, *, score: Scorer, learner: Learner, directory: RunDirectory, reporter: Reporter
+    ) -> None:
+        self.run = run
+        self.policy = policy
+        self.score = score
+        self.learner = learner
+        self.directory = directory
+        self.reporter = reporter
+        self.noise = Noise(run.seed)
+        self.prompts = load_prompts(run.prompts)
+        self._galleries = gallery_updates(run.updates)
+
+    def update(self, update: int) -> dict[str, Any]:
+        """Collect the pairs of one batch of trajectories, train on them, and return what there is to log."""
+        run, policy, algorithm = self.run, self.policy, self.run.algorithm
+        trained = algorithm.trained_steps(policy.schedule.steps, noise=self.noise, update=update)
+        gallery = PairGallery(self.directory.path / "samples/pairs", update=update + 1, times=policy.schedule.time)
+        metrics, stored = PairMetrics(), list[StoredPairs]()
+
+        for first, trajectories in self.trajectories(update):
+            for pair in algorithm.collect(
+                policy, trajectories, trained=trained, score=self.score, noise=self.noise, on_step=self._on_step(first)
+            ):
+                if algorithm.update == "inline":
+                    loss = algorithm.loss(policy, pair)
+                    self.learner.backward(loss.sum() / (run.batch.trajectories * len(trained)))
+                else:
+                    stored.append(pair.stored(policy))
+                metrics.add(pair)
+                if update + 1 in self._galleries:
+                    gallery.add(pair, first_trajectory=first)
+                del pair  # lets go of the graph before the walk goes on
+            with torch.no_grad():
+                metrics.add_final(self.score(policy.model.decode(trajectories.latents), trajectories.prompts))
+
+        if algorithm.update == "inline":
+            self.learner.step()
+        else:
+            for minibatch in self.minibatches(stored, update):
+                self.learner.backward(algorithm.loss(policy, minibatch).mean())
+                self.learner.step()
+
+        if update + 1 in self._galleries:
+            gallery.save()
+        return {
+            "update": update + 1,
+            **self.learner.take_metrics(),
+            **metrics.summary(times=policy.schedule.time, guided=algorithm.guidance is not None),
+            "forwards": policy.model.evaluations,
+            "reward_queries": self.score.queries,
+        }
+
+    def trajectories(self, update: int) -> Iterator[tuple[int, Trajectories]]:
+        """The trajectories of an update in batches of `batch.micro`, each with its first trajectory's place in the
+        update."""
+        total, micro = self.run.batch.trajectories, self.run.batch.micro
+        for first in range(0, total, micro):
+            numbers = [update * total + place for place in range(first, min(first + micro, total))]
+            prompts = [prompt_order(self.prompts, self.noise, number) for number in numbers]
+            keys = [("train", number) for number in numbers]
+            yield first, start_trajectories(self.policy, prompts, noise=self.noise, keys=keys)
+
+    def minibatches(self, stored: list[StoredPairs], update: int) -> Iterator[StoredPairs]:
+        """The buffer in shuffled minibatches of pairs of one step each, once per inner epoch."""
+        size = self.run.algorithm.minibatch
+        for epoch in range(self.run.algorithm.inner_epochs):
+            chunks: list[StoredPairs] = []
+            for number, pairs in enumerate(stored):
+                order = self.noise.permutation(len(pairs), "minibatch", update, epoch, number)
+                index = torch.tensor(order, device=pairs.latents.device)
+                chunks += [pairs.rows(index[start : start + size]) for start in range(0, len(pairs), size)]
+            for chunk in self.noise.permutation(len(chunks), "minibatches", update, epoch):
+                yield chunks[chunk]
+
+    def save(self, update: int) -> None:
+        """Write a checkpoint after `update` updates, and the LoRA in diffusers' format."""
+        state = {
+            "steps": self.learner.steps,
+            "forwards": self.policy.model.evaluations,
+            "reward_queries": self.score.queries,
+        }
+        save_checkpoint(self.directory.path / "checkpoints", update=update, tensors=self.learner.tensors(), state=state)
+        export_lora(self.policy.model, self.directory.path / "lora")
+
+    def restore(self) -> int:
+        """Load the latest sound checkpoint, if there is one, and return how many updates it has behind it."""
+        checkpoint = load_latest_checkpoint(self.directory.path / "checkpoints", note=self.reporter.note)
+        if checkpoint is None:
+            return 0
+        self.learner.load_tensors(checkpoint.tensors, steps=int(checkpoint.state["steps"]))
+        self.policy.model.evaluations = int(checkpoint.state["forwards"])
+        self.score.queries = int(checkpoint.state["reward_queries"])
+        return checkpoint.update
+
+    def _on_step(self, first: int) -> Callable[[int], None]:
+        batches = -(-self.run.batch.trajectories // self.run.batch.micro)
+        before = first // self.run.batch.micro * self.policy.schedule.steps
+        total = batches * self.policy.schedule.steps
+
+        def on_step(done: int) -> None:
+            self.reporter.step(before + done, total)
+
+        return on_step
+
+
+def export_lora(model: DiffusionModel, folder: Path) -> None:
+    """Write the adapter as diffusers' standard file, replacing an older one as a whole."""
+    with storage_errors(folder), TemporaryDirectory(dir=folder.parent, prefix=".lora-") as temporary:
+        model.save_lora(Path(temporary))
+        folder.mkdir(exist_ok=True)
+        for file in Path(temporary).iterdir():
+            file.replace(folder / file.name)
