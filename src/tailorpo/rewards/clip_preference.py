@@ -110,7 +110,8 @@ class ClipScorer:
         `resize` is the length of the shorter side before the crop to the model's square; None = the square's side.
         """
         self.name = name
-        self._model = model.float().eval().requires_grad_(False)
+        self.model = model.float().eval().requires_grad_(False)
+        """The transformers CLIPModel."""
         self._tokenize = tokenize
         self._scale: Tensor = model.logit_scale.detach().exp()
         self._size: int = model.config.vision_config.image_size
@@ -134,7 +135,10 @@ class ClipScorer:
             raise RewardError(f"reward {name!r}: {folder} holds a {kind!r} model, not a CLIPModel (model_type 'clip')")
         resize, mean, std = _preprocessing(folder, name)
         from transformers import CLIPModel, CLIPTokenizer
+        from transformers.utils import logging
 
+        bar = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # it would run across the library's own display
         try:
             loading: Any = CLIPModel.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
@@ -142,6 +146,9 @@ class ClipScorer:
             tokenizer = cast(Any, CLIPTokenizer.from_pretrained(folder, local_files_only=True))
         except Exception as error:  # a damaged or foreign folder fails in many ways, inside transformers
             raise RewardError(f"reward {name!r}: {folder} cannot be read: {type(error).__name__}: {error}") from error
+        finally:
+            if bar:
+                logging.enable_progress_bar()
         model, info = loading
         if info["missing_keys"]:
             raise RewardError(
@@ -157,7 +164,7 @@ class ClipScorer:
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B, 3, H, W) in [0, 1] and B prompts -> (B,) float32, with the graph to the pictures if gradients are on."""
-        features: Tensor = self._model.get_image_features(pixel_values=self.preprocess(images)).pooler_output
+        features: Tensor = self.model.get_image_features(pixel_values=self.preprocess(images)).pooler_output
         text = torch.stack([self._text(prompt) for prompt in prompts])
         return self._scale * (F.normalize(features, dim=-1) * text).sum(-1)
 
@@ -178,7 +185,7 @@ class ClipScorer:
         """Normalised text features (D,) of one prompt; alone, so that no padding and no neighbour can change them."""
         with torch.no_grad():
             tokens = torch.tensor([self._tokenize(prompt)], device=self._scale.device)
-            output = self._model.get_text_features(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+            output = self.model.get_text_features(input_ids=tokens, attention_mask=torch.ones_like(tokens))
             features: Tensor = output.pooler_output
             return F.normalize(features[0], dim=-1)
 

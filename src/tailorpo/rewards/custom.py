@@ -1,8 +1,8 @@
 """A reward of the user's own, by import path ("my_package.module:make_reward") or as a Python object.
 
 What the path names may be
-  - a class, or a function that can be called with `args`: it is called once, and what it returns is the reward;
-  - a function of (images, prompts), or an object with such a __call__: it is the reward itself.
+  - a class or a factory function: called once with `args`, and what it returns is the reward;
+  - the reward itself: an object, or a function that needs exactly two arguments (and gets no `args`).
 
 The current directory can be imported from, as with `python -m`. A factory with a parameter `device` is given it.
 The reward gets a copy of the pictures, so that working in place cannot change what training goes on with, and may
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import pkgutil
 import re
 import sys
@@ -52,32 +53,30 @@ class CustomReward:
     def of(cls, function: Callable[..., Any]) -> CustomReward:
         """Wrap a callable (images, prompts) -> one number per picture, for a Run built in Python.
 
-        The name is the callable's import path, so a run file written from it can be resumed by another process where
-        that path can be imported; a lambda or an object of __main__ can only be used in this one.
+        A function of a module goes by its import path, so that another process can resume a run with it. Anything else
+        (a lambda, an instance, what __main__ holds) gets a name with a #, known to this process only.
         """
         kind = function if hasattr(function, "__qualname__") else type(function)
         path = f"{kind.__module__}:{kind.__qualname__}".replace("<", "").replace(">", "")
-        name, copy = path, 1
-        while _objects.get(name, function) is not function:
-            copy += 1
-            name = f"{path}#{copy}"
+        if inspect.isfunction(function) and _is_reward(function) and _importable(path, function):
+            return cls(name=path)
+        names = (f"{path}#{number}" for number in itertools.count(1))
+        name = next(name for name in names if _objects.get(name, function) is function)
         _objects[name] = function
         return cls(name=name)
 
     @property
     def differentiable(self) -> bool:
         """The attribute `differentiable` of what the path names or, without one, of what that makes; else False."""
-        target = _objects.get(self.name) or _resolve(self.name)
-        if hasattr(target, "differentiable"):
-            return _flag(self.name, target)
-        return self.load("cpu").differentiable
+        target = _objects[self.name] if self.name in _objects else _resolve(self.name)
+        value: object = getattr(target, "differentiable", None)
+        return value if isinstance(value, bool) else self.load("cpu").differentiable
 
     def load(self, device: torch.device | str) -> PythonReward:
         """Import it, call the factory if it is one; RewardError, saying what is wrong and how to mend it, otherwise."""
-        target = _objects.get(self.name)
-        if target is None:
-            target = _build(self.name, _resolve(self.name), dict(self.args), device)
-        return PythonReward(target, name=self.name)
+        if self.name in _objects:
+            return PythonReward(_objects[self.name], name=self.name)
+        return PythonReward(_build(self.name, _resolve(self.name), dict(self.args), device), name=self.name)
 
 
 class PythonReward:
@@ -108,6 +107,11 @@ def _flag(name: str, target: object) -> bool:
 
 def _resolve(name: str) -> Any:
     """The object that "package.module:attribute" names."""
+    if "#" in name:
+        raise RewardError(
+            f"reward {name!r} was a Python object of the process that began this run and cannot be made again here. "
+            "Put it into a module and name it 'package.module:attribute', or go on from Python"
+        )
     module_name, _, attributes = name.partition(":")
     here = str(Path.cwd())
     if "" not in sys.path and here not in sys.path:
@@ -136,17 +140,16 @@ def _build(name: str, target: Any, args: dict[str, object], device: torch.device
     """The reward: the target itself, or what it returns if it is a class or a factory."""
     if not callable(target):
         raise RewardError(f"reward {name!r} is a {type(target).__name__}, and cannot be called")
-    made = inspect.isclass(target) or inspect.isroutine(target)
     try:
         signature = inspect.signature(target)
     except ValueError as error:
         raise RewardError(f"reward {name!r}: its parameters cannot be read; wrap it in a Python function") from error
-    if made and "device" in signature.parameters:
-        args = {"device": device, **args}
-    if not made or (not args and not _binds(signature) and _binds(signature, None, None)):
+    if _is_reward(target) and not (args and inspect.isroutine(target)):
         if args:
             raise RewardError(f"reward {name!r} is a ready object and takes no args; got {', '.join(sorted(args))}")
         return target
+    if "device" in signature.parameters:
+        args = {"device": device, **args}
     try:
         signature.bind(**args)
     except TypeError as error:
@@ -155,7 +158,7 @@ def _build(name: str, target: Any, args: dict[str, object], device: torch.device
         )
         raise RewardError(
             f"reward {name!r}: the args do not fit: {error}{guess}\n  given: {sorted(args)}\n"
-            f"  its signature: {target.__name__}{signature}"
+            f"  its signature: {target.__name__}{signature}; a reward itself takes (images, prompts)"
         ) from error
     try:
         reward: object = target(**args)
@@ -171,12 +174,18 @@ def _build(name: str, target: Any, args: dict[str, object], device: torch.device
     return reward
 
 
-def _binds(signature: inspect.Signature, *values: object) -> bool:
-    try:
-        signature.bind(*values)
-    except TypeError:
-        return False
-    return True
+def _is_reward(target: Callable[..., Any]) -> bool:
+    """Whether a callable is a reward itself, and no factory: an instance, or a function that needs two arguments."""
+    if inspect.isclass(target) or not inspect.isroutine(target):
+        return not inspect.isclass(target)
+    entries = inspect.signature(target).parameters.values()
+    needed = [e for e in entries if e.default is e.empty and e.kind in (e.POSITIONAL_ONLY, e.POSITIONAL_OR_KEYWORD)]
+    return len(needed) == 2
+
+
+def _importable(path: str, function: Callable[..., Any]) -> bool:
+    module, _, attribute = path.partition(":")
+    return module != "__main__" and getattr(sys.modules.get(module), attribute, None) is function
 
 
 def _module_guess(name: str) -> str:

@@ -94,9 +94,15 @@ class Scorer:
             raise ValueError(f"expected floating images (B, 3, H, W), got {_describe(images)}")
         if len(prompts) != len(images):
             raise ValueError(f"{len(images)} pictures came with {len(prompts)} prompts")
+        # A reward may well give a broken picture a number (JPEG does), so the pictures themselves are looked at, too.
+        bad = ~torch.isfinite(images.detach()).flatten(1).all(1)
+        if self.on_invalid == "stop" and bool(bad.any()):
+            raise RewardError(
+                f"{int(bad.sum())} of {len(images)} pictures to score hold values that are not finite, the first for "
+                f"the prompt {prompts[int(bad.nonzero()[0, 0])]!r}: the model diverged. Lower the learning rate"
+            )
         gradient = torch.is_grad_enabled() and images.requires_grad
         scores = [_score(reward, images, tuple(prompts), gradient=gradient) for reward, _ in self.members]
-        bad = torch.zeros(len(images), dtype=torch.bool, device=images.device)
         for (reward, _), score in zip(self.members, scores, strict=True):
             wrong = ~torch.isfinite(score.detach())
             if self.on_invalid == "stop" and bool(wrong.any()):
@@ -156,18 +162,11 @@ def _problem(score: object, count: int) -> str | None:
 
 def _not_finite(name: str, score: Tensor, wrong: Tensor, images: Tensor, prompts: Sequence[str]) -> str:
     first = int(wrong.nonzero()[0, 0])
-    lines = [
-        f"reward {name!r} returned {float(score[first])} for {int(wrong.sum())} of {len(score)} pictures, "
-        f"the first for the prompt {prompts[first]!r}",
-        f"  it was given {_describe(images)}",
-    ]
-    if bool(torch.isfinite(images.detach()).all()):
-        lines.append("  mend the reward, or leave such pictures out and count them: on_invalid_reward: skip")
-    else:
-        lines.append(
-            "  the pictures themselves are not finite, so the model, not the reward, is at fault: lower the lr"
-        )
-    return "\n".join(lines)
+    return (
+        f"reward {name!r} returned {float(score[first])} for {int(wrong.sum())} of {len(score)} pictures, the first "
+        f"for the prompt {prompts[first]!r}\n  it was given {_describe(images)}\n"
+        "  mend the reward, or leave such pictures out and count them: on_invalid_reward: skip"
+    )
 
 
 def _describe(images: Tensor) -> str:

@@ -1,0 +1,166 @@
+"""ClipPreference against transformers' own CLIPModel.forward, on tiny models with random weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_tokenizer
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from tailorpo.errors import RewardError
+from tailorpo.rewards import ClipPreference, EmojiJudge, Scorer
+from tailorpo.rewards.clip_preference import ClipScorer
+
+MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+PROMPTS = ("a cat", "red horse", "dog", "a snail")
+
+
+def save_tiny_clip(folder: Path, *, size: int = 32, seed: int = 0) -> Path:
+    """A CLIPModel folder as `clip_preference` reads it; biases and norms random too, so that mistakes show."""
+    tokenizer = tiny_tokenizer(folder / "source")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = CLIPConfig(
+        text_config={**sizes, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": 16},
+        vision_config={**sizes, "image_size": size, "patch_size": 8},
+        projection_dim=24,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = CLIPModel(config)
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    preprocessing = {"image_mean": MEAN, "image_std": STD, "size": {"shortest_edge": size}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def reward(folder: Path) -> ClipScorer:
+    return ClipPreference(path=str(folder)).load("cpu")
+
+
+def pictures(count: int = 4, size: int = 32, *, seed: int = 0) -> Tensor:
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def oracle(folder: Path, images: Tensor) -> np.ndarray:
+    """transformers' forward on the whole batch, padded to the longest prompt; the diagonal of its matrix."""
+    model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = CLIPTokenizer.from_pretrained(folder)(list(PROMPTS), padding=True, return_tensors="pt")
+    pixels = (images.numpy() - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))
+    with torch.no_grad():
+        output = model(pixel_values=torch.from_numpy(pixels).float(), **tokens)
+    return np.diag(output.logits_per_image.numpy())
+
+
+def test_the_score_is_the_diagonal_of_the_models_own_logits(folder: Path, reward: ClipScorer) -> None:
+    images = pictures()
+    scores = reward(images, PROMPTS)
+    assert scores.dtype == torch.float32
+    assert np.allclose(scores.numpy(), oracle(folder, images), rtol=1e-4, atol=1e-5)
+    assert scores.std() > 1e-3
+
+
+def test_order_company_and_repetition_do_not_change_a_score(reward: ClipScorer) -> None:
+    images, order = pictures(), [3, 1, 0, 2]
+    together = reward(images, PROMPTS)
+    alone = torch.cat([reward(images[i : i + 1], PROMPTS[i : i + 1]) for i in range(4)])
+    assert torch.allclose(alone, together, rtol=1e-5, atol=1e-5)
+    permuted = reward(images[order], [PROMPTS[i] for i in order])
+    assert torch.allclose(permuted, together[order], rtol=1e-5, atol=1e-5)
+    assert torch.equal(reward(images, PROMPTS), together)
+
+
+def test_the_gradient_reaches_the_pictures_and_not_the_weights(reward: ClipScorer) -> None:
+    images = pictures(2).requires_grad_()
+    Scorer([(reward, 1.0)])(images, PROMPTS[:2]).sum().backward()
+    assert images.grad is not None
+    direction, step = images.grad / images.grad.norm(), 2e-2
+    with torch.no_grad():
+        ahead, behind = (reward(images + sign * step * direction, PROMPTS[:2]).sum() for sign in (1, -1))
+    assert float(ahead - behind) / (2 * step) == pytest.approx(float(images.grad.norm()), rel=2e-2)
+    assert all(not p.requires_grad and p.grad is None and p.dtype == torch.float32 for p in reward.model.parameters())
+
+
+def test_a_model_in_training_mode_is_put_into_eval_mode(folder: Path) -> None:
+    config = CLIPConfig.from_pretrained(folder)
+    config.vision_config.attention_dropout = 0.5
+    model = CLIPModel.from_pretrained(folder, config=config).train()
+    reward = ClipScorer(model, lambda _: [52, 1, 53], name="tiny")
+    assert torch.equal(reward(pictures(), PROMPTS), reward(pictures(), PROMPTS))
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (47, 47), (48, 71), (80, 50)])
+def test_resizing_agrees_with_pillow(reward: ClipScorer, height: int, width: int) -> None:
+    y, x = np.mgrid[:height, :width]
+    waves = np.stack([np.sin(x / 5 + y / 9), np.cos(x / 7), np.sin(y / 3)], axis=-1)
+    pixels = ((waves + 1) * 127.5).round().astype(np.uint8)
+    short = min(height, width)
+    resized = Image.fromarray(pixels).resize(
+        (int(32 * width / short), int(32 * height / short)), Image.Resampling.BICUBIC
+    )
+    left, top = (resized.width - 32) // 2, (resized.height - 32) // 2
+    expected = np.asarray(resized.crop((left, top, left + 32, top + 32)), dtype=np.float64) / 255
+    images = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+    got = reward.preprocess(images)[0].permute(1, 2, 0).numpy() * np.array(STD) + np.array(MEAN)
+    assert np.abs(got - expected).max() < 1.6 / 255  # Pillow rounds to bytes after each of its two passes
+
+
+def test_long_prompts_are_cut_and_empty_ones_scored(reward: ClipScorer) -> None:
+    scores = reward(pictures(2), ["a very long prompt " * 50, ""])
+    assert torch.isfinite(scores).all()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder), r"there is no folder .*\n.*hf download yuvalkirstain/PickScore_v1"),
+        (lambda folder: (folder / "config.json").unlink(), r"config\.json is missing in"),
+        (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is not valid JSON"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": "blip"}'),
+            r"a 'blip' model, not a CLIPModel",
+        ),
+        (lambda folder: [p.unlink() for p in folder.glob("[tv]o*.*")], r"no tokenizer"),
+        (lambda folder: (folder / "preprocessor_config.json").unlink(), r"preprocessor_config\.json is missing"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"0" * 64), r"cannot be read: SafetensorError"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"cannot be read: OSError"),
+    ],
+)
+def test_a_folder_that_cannot_be_used(folder: Path, tmp_path: Path, damage, message: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    damage(copy)
+    with pytest.raises(RewardError, match=message):
+        ClipPreference(path=str(copy)).load("cpu")
+
+
+def test_weights_that_are_missing_are_not_filled_with_noise(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    model = CLIPModel.from_pretrained(copy)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("text_model")}
+    model.save_pretrained(copy, state_dict=state)
+    with pytest.raises(RewardError, match=r"weights are missing in .*text_model"):
+        ClipPreference(path=str(copy)).load("cpu")
+
+
+def test_bundled_rewards_say_where_they_come_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tailorpo.rewards.clip_preference._ASSETS", tmp_path)
+    with pytest.raises(RewardError, match=r"'emoji_judge'.*reinstall tailorpo, or run `make miniature`"):
+        EmojiJudge().load("cpu")
