@@ -138,7 +138,7 @@ def test_working_in_place_does_not_touch_the_pictures() -> None:
 @pytest.mark.parametrize(
     ("name", "args", "message"),
     [
-        ("my_packag.rewards:make", {}, r"no module 'my_packag'; did you mean `my_package`\?.*started from"),
+        ("my_packag.rewards:make", {}, r"no module 'my_packag'; did you mean `my_package`\?\n.*started from"),
         ("my_package.reward:make", {}, r"no module 'my_package\.reward'; did you mean `rewards`\?"),
         ("my_package.rewards:mak", {}, r"has no 'mak'; did you mean `make`\?"),
         ("my_package.rewards:number", {}, r"is a int, and cannot be called"),

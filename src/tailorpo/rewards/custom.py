@@ -123,8 +123,8 @@ def _resolve(name: str) -> Any:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise RewardError(f"reward {name!r}: module {module_name!r} needs {error.name!r}, not installed") from error
         raise RewardError(
-            f"reward {name!r}: there is no module {error.name!r}{_module_guess(error.name)}. It has to be installed, "
-            f"or lie in the directory the command is started from ({here}), as {error.name.replace('.', '/')}.py"
+            f"reward {name!r}: there is no module {error.name!r}{_module_guess(error.name)}\n  it has to be installed, "
+            f"or to lie in the directory the command is started from ({here}) as {error.name.replace('.', '/')}.py"
         ) from error
     except Exception as error:  # the user's module is run by importing it and may raise anything
         raise RewardError(f"reward {name!r}: importing {module_name!r} raised {_words(error)}") from error
