@@ -1,0 +1,386 @@
+"""The command line: parse, call, print.
+
+Exit codes: 0 done, 1 training or the disk failed (what was saved is kept), 2 a mistake in what was asked for, 130
+stopped with Ctrl-C. None of them comes with a traceback; a traceback is a bug of tailorpo.
+
+Everything heavy is imported inside the commands, so that help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tailorpo import __version__
+from tailorpo.errors import TailorpoError, UserError
+
+if TYPE_CHECKING:
+    from tailorpo.run import Run
+    from tailorpo.rundir import RunDirectory
+    from tailorpo.train import Reporter
+
+
+_P = ParamSpec("_P")
+
+
+def _polite(command: Callable[_P, None]) -> Callable[_P, None]:
+    """Turn the errors that tailorpo raises on purpose into a message and an exit code."""
+
+    @wraps(command)
+    def run_politely(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except UserError as error:
+            _say(f"error: {error}")
+            raise typer.Exit(2) from None
+        except TailorpoError as error:
+            _say(f"error: {error}")
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            _say("stopped")
+            raise typer.Exit(130) from None
+
+    return run_politely
+
+
+app = typer.Typer(
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A run file (YAML), or the folder of a run.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings to replace, e.g. optimizer.lr=3e-4.")
+]
+Folder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
+Device = Annotated[
+    str | None, typer.Option(help="cuda, cuda:1, mps or cpu; the best there is if not given.", show_default=False)
+]
+
+
+def main() -> None:
+    """The `tailorpo` command."""
+    app(prog_name="tailorpo")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tailorpo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Align a text-to-image model with a reward by step-wise preferences.
+
+    \b
+    Examples:
+      tailorpo train recipes/emoji_tailorpo_g.yaml     train, evaluate, write the report
+      tailorpo show recipes/emoji_tailorpo_g.yaml      what that would do, and what it costs
+      tailorpo sample emoji --prompts "a cat"          draw pictures
+    """
+    # Models and rewards come from the disk; their libraries neither reach for the network nor chat.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+
+@app.command()
+@_polite
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The run's folder, if not runs/<recipe>-<date>-<time>.", show_default=False),
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Train, evaluate and write the report.
+
+    \b
+    Examples:
+      tailorpo train recipes/emoji_tailorpo_g.yaml
+      tailorpo train recipes/emoji_tailorpo_g.yaml updates=20 seed=1 --out runs/short
+      tailorpo train recipes/emoji_tailorpo.yaml reward.name=colourfulness algorithm.guidance=null
+
+    Stopped or killed, a run goes on with `tailorpo resume RUN` and ends with the same bits.
+    """
+    from tailorpo.run import Run
+    from tailorpo.rundir import RunDirectory
+
+    _use(device)
+    run = Run.load(_run_file(recipe), overrides or ())
+    directory = RunDirectory.create(out or _default_folder(recipe), run)
+    try:
+        _train(run, directory)
+    except UserError:
+        if not directory.metrics():  # it could not even begin: the mistake is mended and the same command typed again
+            shutil.rmtree(directory.path)
+        raise
+
+
+@app.command()
+@_polite
+def resume(
+    folder: Folder,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="updates, checkpoint_every, eval or trackers.")
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Go on with a stopped run, or extend one.
+
+    \b
+    Examples:
+      tailorpo resume runs/short
+      tailorpo resume runs/short updates=200       train on to 200 updates
+    """
+    from tailorpo.checkpoint import latest_update
+    from tailorpo.rundir import RunDirectory
+
+    _use(device)
+    directory = RunDirectory.open(folder)
+    begun = directory.run
+    run = begun.resumed(overrides or ())
+    done = latest_update(directory.checkpoints)
+    if run.updates < done:
+        raise UserError(f"{folder} has made {done} updates already; updates={run.updates} would go back")
+    if run == begun and run.updates == done and (directory.path / "report.html").exists():
+        typer.echo(f"All {done} updates are done; extend the run with `tailorpo resume {folder} updates={2 * done}`.")
+        typer.echo(f"report: {directory.path / 'report.html'}")
+        return
+    if run != begun:
+        directory.write_run(run)
+    _train(run, directory)
+
+
+@app.command("eval")
+@_polite
+def evaluate_(
+    folder: Folder,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings of eval to replace for this time.")
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Compare base and aligned model again.
+
+    Both draw the same prompts from the same seeds; the report is written anew.
+
+    \b
+    Examples:
+      tailorpo eval runs/short
+      tailorpo eval runs/short eval.seeds=16 eval.prompts_unseen.name=animals_unseen
+    """
+    from tailorpo._distributed import pick_device
+    from tailorpo.rundir import RunDirectory
+
+    _use(device)
+    directory = RunDirectory.open(folder)
+    run = directory.run.resumed(overrides or ())
+    with directory.lock(), _display(run) as reporter:
+        reporter.phase("loading the model")
+        model = run.model.load(pick_device(), seed=run.seed)
+        model.load_lora(directory.lora)
+        results = _evaluate(run, directory, model, reporter=reporter)
+    _print_results(results)
+    typer.echo(f"report: {directory.path / 'report.html'}")
+
+
+@app.command()
+@_polite
+def report(folder: Folder) -> None:
+    """Write report.html from a run's files.
+
+    \b
+    Example:
+      tailorpo report runs/short
+    """
+    from tailorpo.report import write_report
+    from tailorpo.rundir import RunDirectory
+
+    typer.echo(f"report: {write_report(RunDirectory.open(folder))}")
+
+
+@app.command()
+@_polite
+def sample(
+    source: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, a model folder, or `emoji`.")],
+    prompts: Annotated[
+        list[str], typer.Option("--prompts", help="A prompt, a file of prompts or a bundled list; may be repeated.")
+    ],
+    lora: Annotated[Path | None, typer.Option(help="Folder of a LoRA; a run has its own.", show_default=False)] = None,
+    base: Annotated[bool, typer.Option("--base", help="Draw without the run's LoRA.")] = False,
+    seed: Annotated[int, typer.Option(help="Fixes the noise: the same seed, the same pictures.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 4,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.", show_default="the run's, or 20")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Weight of the prompt.", show_default="the run's, or 5")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder for PNG files and the contact sheet.")] = Path("samples"),
+    device: Device = None,
+) -> None:
+    """Draw pictures, as PNG files and one contact sheet.
+
+    \b
+    Examples:
+      tailorpo sample emoji --prompts "a cat" --prompts "a red apple on a blue background"
+      tailorpo sample runs/short --prompts animals_unseen --seed 1 --count 2 --out pictures
+      tailorpo sample /models/sd15 --lora runs/sd15/lora --prompts prompts.txt
+    """
+    from tailorpo.sampling import draw
+
+    _use(device)
+    with _display(None) as reporter:
+        sheet, number = draw(
+            source,
+            prompts,
+            lora=lora,
+            base=base,
+            seed=seed,
+            count=count,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            out=out,
+            reporter=reporter,
+        )
+    typer.echo(f"{number} pictures and their contact sheet: {sheet}")
+
+
+@app.command()
+@_polite
+def show(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Show settings, cost and code path of a recipe.
+
+    Every setting is spelt out; files that are missing are named, with exit code 2.
+
+    \b
+    Examples:
+      tailorpo show recipes/emoji_tailorpo_g.yaml
+      tailorpo show recipes/emoji_tailorpo_g.yaml algorithm.update=buffered
+    """
+    from tailorpo.describe import cost_table, path_table
+    from tailorpo.run import Run
+
+    run = Run.load(_run_file(recipe), overrides or (), files=False)
+    console = _console()
+    console.print(run.to_yaml(), markup=False, highlight=False)
+    console.print(cost_table(run))
+    console.print(path_table(run))
+    missing = run.missing()
+    if missing:
+        raise UserError(
+            "\n".join(["the settings are sound, but to train this is missing:", *(f"  - {m}" for m in missing)])
+        )
+
+
+@app.command()
+@_polite
+def rewards() -> None:
+    """List the rewards.
+
+    With whether gradients pass through them, which TailorPO-G needs, and what they need.
+    """
+    from tailorpo.rewards import describe_rewards
+
+    words = {True: "yes", False: "no", None: "as it says"}
+    table = Table("name", "gradient", "what it rewards", "needs", "unit", box=None, pad_edge=False)
+    for reward in describe_rewards():
+        table.add_row(reward.name, words[reward.differentiable], reward.summary, reward.needs, reward.units)
+    _console().print(table)
+
+
+@app.command()
+@_polite
+def models() -> None:
+    """List the models."""
+    from tailorpo.describe import model_table
+
+    _console().print(model_table())
+
+
+def _train(run: Run, directory: RunDirectory) -> None:
+    """Train to the end, evaluate, report; say how to go on if it is stopped."""
+    from tailorpo.train import train as train_
+
+    typer.echo(f"run: {directory.path}")
+    try:
+        with directory.lock(), _display(run) as reporter:
+            model = train_(run, directory, reporter=reporter)
+            results = _evaluate(run, directory, model, reporter=reporter)
+    except KeyboardInterrupt:
+        _say(f"stopped; go on with `tailorpo resume {directory.path}`")
+        raise typer.Exit(130) from None
+    _print_results(results)
+    typer.echo(f"report: {(directory.path / 'report.html').resolve()}")
+
+
+def _evaluate(run: Run, directory: RunDirectory, model: Any, *, reporter: Reporter) -> dict[str, Any]:
+    from tailorpo.evaluate import evaluate
+    from tailorpo.report import write_report
+
+    results = evaluate(run, directory, model, reporter=reporter)
+    reporter.phase("writing the report")
+    write_report(directory)
+    return results
+
+
+def _print_results(results: dict[str, Any]) -> None:
+    from tailorpo.describe import result_table
+
+    _console().print(result_table(results))
+
+
+@contextmanager
+def _display(run: Run | None) -> Generator[Reporter]:
+    from tailorpo.progress import display
+
+    with display(_console(), total=run.updates if run else 0) as reporter:
+        yield reporter
+
+
+def _console() -> Console:
+    """Where results go. A pipe gets lines as long as they are, not folded at 80 characters."""
+    return Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _use(device: str | None) -> None:
+    if device is not None:
+        os.environ["TAILORPO_DEVICE"] = device
+
+
+def _run_file(recipe: Path) -> Path:
+    return recipe / "run.yaml" if (recipe / "run.yaml").is_file() else recipe
+
+
+def _default_folder(recipe: Path) -> Path:
+    name = recipe.name if recipe.is_dir() else recipe.stem
+    stem = f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, number = Path("runs") / stem, 1
+    while folder.exists():
+        number += 1
+        folder = Path("runs") / f"{stem}-{number}"
+    return folder

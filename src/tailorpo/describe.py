@@ -1,0 +1,119 @@
+"""Tables that the commands print: what a run costs, the files it runs through, the models there are, the result."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from tailorpo.models.sd import BUNDLED, model_folder
+from tailorpo.noise import Noise
+from tailorpo.run import Run
+
+# One training step from the loop inwards; what the run's own sections add is found from their classes.
+_LOOP = ("train", "rollout", "policy", "gaussian_step", "objectives", "step_rewards", "schedule", "prediction", "noise")
+
+
+def cost_table(run: Run) -> Table:
+    """Network evaluations of one trajectory, one update and the whole run."""
+    trained = run.algorithm.trained_steps(run.sampler.steps, noise=Noise(run.seed), update=0)
+    cost = run.algorithm.cost(run.sampler.steps, trained)
+    rows = (
+        ("guided forwards", cost.forwards, "one latent through the network, with classifier-free guidance"),
+        ("backwards", cost.backwards, "for the loss"),
+        ("input gradients", cost.input_gradients, "back to a latent, for reward guidance"),
+        ("reward queries", cost.reward_queries, "pictures decoded and scored"),
+    )
+    steps = ", ".join(map(str, trained))
+    drawn = " (drawn anew for every update; here the first)" if run.algorithm.offset == "random" else ""
+    table = _table(f"Cost; trained steps {steps} of 0 to {run.sampler.steps - 1}{drawn}")
+    table.add_column("")
+    for name in ("trajectory", f"update ({run.batch.trajectories} trajectories)", f"run ({run.updates} updates)"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for name, number, meaning in rows:
+        update = number * run.batch.trajectories
+        table.add_row(name, f"{number:,}", f"{update:,}", f"{update * run.updates:,}", meaning)
+    return table
+
+
+def path_table(run: Run) -> Table:
+    """The source files that one training step of this run passes through, with their lines."""
+    sections = [run.algorithm, run.sampler, run.algorithm.guidance, *(entry.reward for entry in run.reward)]
+    names = [*(f"tailorpo.{name}" for name in _LOOP), f"tailorpo.models.{run.model.family}"]
+    names += [type(section).__module__ for section in sections if section is not None]
+    files = sorted({Path(str(sys.modules[name].__file__)) for name in _imported(names)})
+    root = Path(__file__).parent.parent
+    lines = [len(file.read_text(encoding="utf-8").splitlines()) for file in files]
+    table = _table(f"The files on its path: {len(files)}, {sum(lines):,} lines")
+    table.add_column("file")
+    table.add_column("lines", justify="right")
+    for file, count in zip(files, lines, strict=True):
+        table.add_row(str(file.relative_to(root)), f"{count:,}")
+    return table
+
+
+def _imported(names: Iterable[str]) -> Iterable[str]:
+    from importlib import import_module
+
+    for name in names:
+        import_module(name)
+        yield name
+
+
+def model_table() -> Table:
+    """The bundled models and the families whose folders can be used."""
+    table = _table("Models")
+    for name in ("model.family", "model.path", "what it is", "size"):
+        table.add_column(name)
+    for name in BUNDLED:
+        size = sum(file.stat().st_size for file in model_folder(name).rglob("*") if file.is_file())
+        what = "bundled: a small Stable Diffusion that draws emoji (docs/miniature.md)"
+        table.add_row("sd", name, what, f"{size / 1e6:.1f} MB")
+    table.add_row(
+        "sd",
+        "a folder",
+        "your own copy of a Stable Diffusion 1.x or 2.x, as StableDiffusionPipeline.save_pretrained writes it",
+        "about 4 GB",
+    )
+    return table
+
+
+def result_table(results: dict[str, Any]) -> Table:
+    """The evaluation: base, aligned, and the paired difference with its interval."""
+    table = _table("Evaluation")
+    for name in ("prompts", "metric"):
+        table.add_column(name)
+    for name in ("base", "aligned", "difference", f"{results['settings']['confidence']:.0%} interval"):
+        table.add_column(name, justify="right")
+    for group, content in results["groups"].items():
+        if group == "all":
+            continue
+        for index, (name, row) in enumerate(content["metrics"].items()):
+            if row is None:
+                continue
+            metric = results["metrics"][name]
+            note = {"trained": " (trained)", "judge": " (held out)"}.get(metric["role"], "")
+            numbers = [_signed(row["low"]), _signed(row["high"])]
+            interval = "-" if row["low"] is None else f"{numbers[0]} to {numbers[1]}"
+            table.add_row(
+                f"{group} ({content['prompts']})" if index == 0 else "",
+                f"{metric['label']}{note}",
+                f"{row['base']:.3f}",
+                f"{row['aligned']:.3f}",
+                _signed(row["difference"]),
+                interval,
+            )
+    return table
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3f}"
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
