@@ -1,0 +1,155 @@
+"""What the benchmarks share: a training session built as `train` builds it, its model calls observed, and results."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+from tailorpo.environment import environment
+from tailorpo.optimizer import Learner
+from tailorpo.policy import Policy
+from tailorpo.rewards import Reward, Scorer, load_scorer
+from tailorpo.run import Run
+from tailorpo.rundir import RunDirectory
+from tailorpo.train import Session
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def phase(self, text: str) -> None:
+        """Say nothing."""
+
+    def step(self, done: int, total: int) -> None:
+        """Say nothing."""
+
+    def update(self, metrics: dict[str, Any]) -> None:
+        """Say nothing."""
+
+    def note(self, text: str) -> None:
+        """Say nothing."""
+
+
+@dataclass
+class Call:
+    """One raw call of a model: what went in, and how it was used.
+
+    `gradient` is None for a call without a backward, "weights" for the backward of a loss, "input" for a gradient with
+    respect to what went in; `reference` says that the adapter was off.
+    """
+
+    kind: Literal["unet", "decode", "reward"]
+    inputs: tuple[Any, ...]
+    gradient: Literal["weights", "input"] | None = None
+    reference: bool = False
+
+    @property
+    def items(self) -> int:
+        """Rows in the batch."""
+        return len(self.inputs[0])
+
+
+@dataclass
+class Observed:
+    """A training session whose raw model calls are noted in `calls`, in their order."""
+
+    run: Run
+    session: Session
+    directory: RunDirectory
+    rewards: list[Reward]
+    calls: list[Call] = field(default_factory=list[Call])
+
+    @property
+    def model(self) -> Any:
+        """The Stable Diffusion adapter, with its `unet` and `vae`."""
+        return self.session.policy.model
+
+
+class _ObservedReward:
+    """A reward that notes its calls."""
+
+    def __init__(self, reward: Reward, calls: list[Call]) -> None:
+        self.name = reward.name
+        self.differentiable = reward.differentiable
+        self._reward = reward
+        self._calls = calls
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        score = self._reward(images, prompts)
+        note_backward(self._calls, Call("reward", (images.detach(), prompts)), score, images)
+        return score
+
+
+def note_backward(calls: list[Call], call: Call, output: Tensor, *inputs: Tensor) -> None:
+    """Append a call, and set its `gradient` once a backward pass has gone through its output."""
+    calls.append(call)
+    if output.requires_grad:
+        gradient: Literal["weights", "input"] = "input" if any(x.requires_grad for x in inputs) else "weights"
+
+        def backward(_: Tensor) -> None:
+            call.gradient = gradient
+
+        output.register_hook(backward)
+
+
+def observe(run: Run, folder: Path) -> Observed:
+    """Load model and rewards as `train` does, with hooks on the UNet, the decoder and the rewards."""
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    policy = Policy(run.model.load(device, seed=run.seed), run.sampler)
+    model: Any = policy.model
+    calls: list[Call] = []
+    members = load_scorer(run.reward, device).members
+    watched = [(_ObservedReward(reward, calls), weight) for reward, weight in members]
+    directory = RunDirectory.create(folder, run)
+    session = Session(
+        run,
+        policy,
+        score=Scorer(watched, on_invalid=run.on_invalid_reward),
+        learner=Learner(model.trainable(), run.optimizer),
+        directory=directory,
+        reporter=Silent(),
+    )
+    adapters = [module for module in model.unet.modules() if isinstance(module, BaseTunerLayer)]
+
+    def unet(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor]) -> None:
+        sample, time = args
+        call = Call("unet", (sample.detach(), time, kwargs["encoder_hidden_states"].detach()))
+        call.reference = any(adapter.disable_adapters for adapter in adapters)
+        note_backward(calls, call, output[0], sample)
+
+    def decoder(_: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        note_backward(calls, Call("decode", (args[0].detach(),)), output, args[0])
+
+    model.unet.register_forward_hook(unet, with_kwargs=True)
+    model.vae.decoder.register_forward_hook(decoder)
+    return Observed(run, session, directory, [reward for reward, _ in members], calls)
+
+
+def pause(calls: list[Call]) -> Callable[[], None]:
+    """Stop noting calls; what it returns goes back to before, dropping what was noted meanwhile."""
+    length = len(calls)
+
+    def back() -> None:
+        del calls[length:]
+
+    return back
+
+
+def save(name: str, result: dict[str, Any]) -> None:
+    """Write results/NAME.json with the kind of machine it was measured on."""
+    RESULTS.mkdir(exist_ok=True)
+    machine = {**environment(), "cores": os.cpu_count() or 0}
+    text = json.dumps({"benchmark": name, "machine": machine, **result}, indent=2)
+    (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    print(f"written to benchmarks/results/{name}.json")

@@ -1,0 +1,93 @@
+"""Network evaluations per trajectory, counted by hooks on the UNet, against `TailorPO.cost` and against the contract.
+
+    python benchmarks/cost_count.py [--model emoji]
+
+T = 20 steps, 5 of them trained. F is one guided forward of one latent (two rows of the UNet's batch), B one backward
+for the loss, I one gradient with respect to the latents (guidance), R one picture decoded and scored.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from common import RESULTS, observe, save
+
+from tailorpo.run import Run
+
+SIGMA = {"form": "sigma", "k": 0.5}
+VARIANTS: dict[str, tuple[dict[str, Any], tuple[int, int, int] | None]] = {
+    # name: (settings of the algorithm, (F, B, I) that the project's contract promises)
+    "TailorPO, inline": ({"update": "inline"}, (30, 5, 0)),
+    "TailorPO, buffered": ({"update": "buffered"}, (35, 5, 0)),
+    "TailorPO-G, inline": ({"update": "inline", "guidance": SIGMA}, (35, 5, 5)),
+    "TailorPO-G, buffered": ({"update": "buffered", "guidance": SIGMA}, None),
+    "TailorPO-G, inline, accept/reject": ({"update": "inline", "guidance": {**SIGMA, "accept_reject": True}}, None),
+    "TailorPO-G, inline, Jacobian-free": ({"update": "inline", "guidance": {**SIGMA, "jacobian": "free"}}, None),
+}
+TRAJECTORIES = 4
+
+
+def count(model: str, algorithm: dict[str, Any]) -> tuple[dict[str, float], dict[str, int]]:
+    """(counted, said by `cost`) per trajectory, of one update of four trajectories in batches of two."""
+    run = Run.from_dict(
+        {
+            "updates": 1,
+            "model": {"path": model},
+            "sampler": {"steps": 20, "guidance_scale": 5.0},
+            "algorithm": {"train_steps": 5, **algorithm},
+            "reward": {"name": "brightness"},
+            "prompts": {"list": ["a cat", "a dog"]},
+            "batch": {"trajectories": TRAJECTORIES, "micro": 2},
+        }
+    )
+    with TemporaryDirectory() as folder:
+        observed = observe(run, Path(folder) / "run")
+        observed.session.update(0)
+        rows: Counter[str] = Counter()
+        for call in observed.calls:
+            rows[call.kind] += call.items
+            rows[f"{call.kind} {call.gradient}"] += call.items
+        steps = run.algorithm.trained_steps(20, noise=observed.session.noise, update=0)
+    counted = {
+        "forwards": rows["unet"] / 2,
+        "backwards": rows["unet weights"] / 2,
+        "input_gradients": rows["unet input"] / 2,
+        "reward_queries": rows["reward"],
+    }
+    assert rows["decode"] == rows["reward"]
+    return {name: value / TRAJECTORIES for name, value in counted.items()}, asdict(run.algorithm.cost(20, steps))
+
+
+def main() -> None:
+    """Count every variant, print and save the table, and fail where the contract is not kept."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="emoji", help="a bundled model, or a diffusers folder")
+    model = parser.parse_args().model
+    lines = ["| algorithm, T = 20, K = 5 | F | B | I | R | contract |", "| --- | ---: | ---: | ---: | ---: | --- |"]
+    results: list[dict[str, Any]] = []
+    wrong: list[str] = []
+    for name, (algorithm, contract) in VARIANTS.items():
+        counted, said = count(model, algorithm)
+        network = tuple(counted[key] for key in ("forwards", "backwards", "input_gradients"))
+        kept = contract is None or network == contract
+        if counted != said or not kept:
+            wrong.append(f"{name}: counted {counted}, cost() says {said}, the contract {contract}")
+        promise = "-" if contract is None else f"{contract[0]}F + {contract[1]}B" + " + 5I" * bool(contract[2])
+        numbers = " | ".join(f"{value:g}" for value in counted.values())
+        lines.append(f"| {name} | {numbers} | {promise}{'' if kept else ' (NOT KEPT)'} |")
+        results.append({"algorithm": name, "counted": counted, "cost_method": said, "contract": contract})
+    table = "\n".join(lines) + "\n"
+    print(table)
+    save("cost_count", {"unit": "per trajectory", "steps": 20, "trained_steps": 5, "results": results})
+    (RESULTS / "cost_count.md").write_text(table, encoding="utf-8")
+    if wrong:
+        raise SystemExit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
