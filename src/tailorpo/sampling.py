@@ -119,11 +119,10 @@ def lora_shape(folder: Path) -> LoRA:
     """
     path = folder / LORA_FILE
     try:
-        shapes = {
-            name: tensor.shape for name, tensor in load(path.read_bytes()).items() if name.endswith(".lora_A.weight")
-        }
+        tensors = load(path.read_bytes())
     except (OSError, SafetensorError) as error:
         raise UserError(f"there is no readable LoRA at {path} ({error})") from error
+    shapes = {name: tensor.shape for name, tensor in tensors.items() if name.endswith(".lora_A.weight")}
     ranks = {shape[0] for shape in shapes.values()}
     if len(ranks) != 1:
         raise UserError(f"the LoRA at {path} is not one that tailorpo writes: ranks {sorted(ranks) or 'missing'}")
