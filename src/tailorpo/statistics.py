@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
@@ -135,6 +136,13 @@ def pairwise_distance(features: Tensor) -> float:
     return max(0.0, 1.0 - cosine)
 
 
+def pairwise_rms(values: Tensor) -> float:
+    """Mean over all pairs of rows of (n, d) of their root mean squared difference; NaN for n < 2."""
+    if len(values) < 2:
+        return math.nan
+    return float(torch.pdist(values.detach().double().cpu()).mean()) / math.sqrt(values.shape[1])
+
+
 def vendi_score(features: Tensor) -> float:
     """Effective number of different rows of (n, d): exp of the entropy of the eigenvalues of the cosine kernel / n.
 
@@ -147,3 +155,61 @@ def vendi_score(features: Tensor) -> float:
     eigenvalues = np.linalg.eigvalsh(rows @ rows.T / n)
     positive = eigenvalues[eigenvalues > 1e-12]
     return float(np.exp(-np.sum(positive * np.log(positive))))
+
+
+def paired_means(base: Sequence[float], aligned: Sequence[float]) -> tuple[float, float]:
+    """Both means over the places where both have a finite number; NaN if there is none."""
+    pairs = _finite_pairs(base, aligned)
+    if not pairs:
+        return math.nan, math.nan
+    return sum(b for b, _ in pairs) / len(pairs), sum(a for _, a in pairs) / len(pairs)
+
+
+def within_spread(groups: Sequence[Sequence[float]]) -> float:
+    """Root of the mean variance within groups, over finite values; NaN where no group has two."""
+    finite = [np.array([value for value in group if math.isfinite(value)]) for group in groups]
+    variances = [float(group.var(ddof=1)) for group in finite if len(group) > 1]
+    return math.sqrt(sum(variances) / len(variances)) if variances else math.nan
+
+
+def compare(
+    base: Sequence[float], aligned: Sequence[float], *, confidence: float = 0.95, resamples: int = 9999, seed: int = 0
+) -> dict[str, float | int | None] | None:
+    """One row of an evaluation table from one value per prompt and model, as JSON can hold it.
+
+    Prompts without a finite number on either side are left out and not counted in "n"; None where nothing is left.
+    """
+    pairs = _finite_pairs(base, aligned)
+    if not pairs:
+        return None
+    first, second = [b for b, _ in pairs], [a for _, a in pairs]
+    differences = [a - b for b, a in pairs]
+    difference = mean_interval(differences, confidence=confidence, resamples=resamples, seed=seed)
+    rate = win_rate(differences, confidence=confidence)
+    ratio = ratio_interval(first, second, confidence=confidence, resamples=resamples, seed=seed)
+    return {
+        "n": len(pairs),
+        "base": plain(sum(first) / len(pairs)),
+        "aligned": plain(sum(second) / len(pairs)),
+        "difference": plain(difference.value),
+        "low": plain(difference.low),
+        "high": plain(difference.high),
+        "win_rate": plain(rate.value),
+        "win_low": plain(rate.low),
+        "win_high": plain(rate.high),
+        "wins": sum(d > 0 for d in differences),
+        "ties": sum(d == 0 for d in differences),
+        "losses": sum(d < 0 for d in differences),
+        "ratio": plain(ratio.value if ratio else None),
+        "ratio_low": plain(ratio.low if ratio else None),
+        "ratio_high": plain(ratio.high if ratio else None),
+    }
+
+
+def plain(value: float | None) -> float | None:
+    """A number JSON can hold, to seven digits; None for what is not finite."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.7g}")
+
+
+def _finite_pairs(base: Sequence[float], aligned: Sequence[float]) -> list[tuple[float, float]]:
+    return [(b, a) for b, a in zip(base, aligned, strict=True) if math.isfinite(b) and math.isfinite(a)]

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from tailorpo.statistics import Interval, mean_interval, pairwise_distance, ratio_interval, vendi_score, win_rate
+from tailorpo.statistics import (
+    Interval,
+    mean_interval,
+    pairwise_distance,
+    pairwise_rms,
+    ratio_interval,
+    vendi_score,
+    win_rate,
+)
 
 
 def test_mean_interval_agrees_with_students_t_on_normal_data() -> None:
@@ -132,3 +140,6 @@ def test_pairwise_distance_of_equal_orthogonal_and_random_rows() -> None:
     pairs = [(i, j) for i in range(7) for j in range(i)]
     oracle = np.mean([1 - float(torch.cosine_similarity(features[i], features[j], dim=0)) for i, j in pairs])
     assert pairwise_distance(features) == pytest.approx(float(oracle), abs=1e-6)
+    differences = [math.sqrt(float((features[i] - features[j]).square().mean())) for i, j in pairs]
+    assert pairwise_rms(features) == pytest.approx(np.mean(differences), rel=1e-6)
+    assert math.isnan(pairwise_rms(features[:1]))

@@ -1,0 +1,375 @@
+"""Did it work? The base and the aligned model side by side, on the same prompts, seeds and noises.
+
+For every prompt and seed one picture of each model is drawn from the same initial latent and the same noise at every
+step (streams keyed by ("eval", prompt, seed): neither the batch size nor the list of prompts changes a picture). Each
+is scored by the rewards of the training, by the held-out judge, and by two low-level statistics; diversity is measured
+among the pictures of one prompt. The unit of every comparison is the prompt: seeds are averaged first, then the paired
+differences get a bootstrap interval (`statistics.py`). What each number means: docs/evaluation.md.
+
+    eval.json                            settings, intervals for seen, unseen and all prompts, every prompt and picture
+    samples/eval/{base,aligned}/*.png    the pictures, under the same names in both folders
+    samples/eval/side_by_side.png        a contact sheet: base on the left, aligned on the right
+
+Evaluation changes nothing that training depends on: it draws from streams of its own, and the model's counter of
+network evaluations is put back. Left out: FID and other distances to a data set (they need thousands of pictures, and
+alignment leaves the data set on purpose), and comparing two aligned runs (compare their eval.json: same noises).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from tailorpo.environment import environment
+from tailorpo.errors import UserError
+from tailorpo.images import contact_sheet, fit, save_png
+from tailorpo.models import DiffusionModel
+from tailorpo.noise import Noise
+from tailorpo.policy import Policy
+from tailorpo.prompts import load_prompts
+from tailorpo.rewards import Reward, Scorer, load_scorer
+from tailorpo.rewards.jpeg import jpeg_kilobytes
+from tailorpo.rollout import sample_images
+from tailorpo.statistics import (
+    compare,
+    paired_means,
+    pairwise_distance,
+    pairwise_rms,
+    plain,
+    vendi_score,
+    within_spread,
+)
+
+if TYPE_CHECKING:
+    from tailorpo.run import Run
+    from tailorpo.rundir import RunDirectory
+    from tailorpo.train import Reporter
+
+SCHEMA = 1
+CONFIDENCE, RESAMPLES = 0.95, 9999
+SHEET_PROMPTS, SHEET_SEEDS, SHEET_CELL = 24, 4, 96
+
+Group = Literal["seen", "unseen"]
+Side = Literal["base", "aligned"]
+SIDES: tuple[Side, Side] = ("base", "aligned")
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """A reward that also gives features of pictures, to measure diversity in."""
+
+    @property
+    def name(self) -> str:
+        """What the reward is called."""
+        ...
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, D)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row of the table.
+
+    Attributes:
+        label: what people read.
+        role: "trained" the score that training saw, "member" a part of it, "judge" held out of training, "diversity"
+            among the pictures of one prompt, "alarm" a low-level statistic that nobody asked to change.
+        unit: what it counts in; empty where the number has no name.
+    """
+
+    label: str
+    role: Literal["trained", "member", "judge", "diversity", "alarm"]
+    unit: str = ""
+
+
+@dataclass
+class _Drawn:
+    """What one model drew for one prompt: an entry per seed, in the order of the seeds."""
+
+    scores: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
+    features: list[Tensor] = field(default_factory=list[Tensor])
+    pixels: list[Tensor] = field(default_factory=list[Tensor])
+    thumbnails: list[Image.Image] = field(default_factory=list[Image.Image])
+
+
+def evaluate(run: Run, directory: RunDirectory, model: DiffusionModel, *, reporter: Reporter) -> dict[str, Any]:
+    """Draw, score and compare; writes eval.json and samples/eval, and returns what eval.json holds.
+
+    Args:
+        run: its prompts, seeds, judge and batch size are in `run.eval`.
+        directory: of the run; an evaluation of an earlier update in it is replaced, its summary kept under "history".
+        model: with the trained adapter on; off within `model.reference()`.
+        reporter: hears of every batch.
+
+    Raises:
+        UserError: the model has no adapter, so that there is nothing to compare.
+        RewardError: a reward failed, or scored NaN under `on_invalid_reward: stop`.
+        StorageError: the disk refused.
+    """
+    if not model.trainable():
+        raise UserError("the model has no adapter, so there is nothing to compare with the base; set model.lora")
+    started, counter = time.perf_counter(), model.evaluations
+    prompts = _prompts(run)
+    meter = _Meter(run, model.device)
+    # Pictures go to a folder of their own and replace the last evaluation's at the end: an interruption mixes nothing.
+    partial = directory.path / "samples" / "eval.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    reporter.phase(f"evaluating: {len(prompts)} prompts, {run.eval.seeds} seeds, base and aligned")
+    drawn = _draw(run, model, prompts, meter, partial, step=reporter.step)
+    reporter.phase("evaluating: intervals")
+    result = _result(run, prompts, drawn, meter)
+    result["update"] = next((row["update"] for row in reversed(directory.metrics())), 0)
+    result["history"] = _history(directory.path / "eval.json", result)
+    result["cost"] = {"forwards": model.evaluations - counter, "seconds": round(time.perf_counter() - started, 2)}
+    result["environment"] = environment(model.device)
+    model.evaluations = counter  # what evaluation costs is its own account, not training's
+    save_png(_side_by_side(prompts, drawn), partial / "side_by_side.png")
+    shutil.rmtree(partial.with_name("eval"), ignore_errors=True)
+    partial.rename(partial.with_name("eval"))
+    directory.write_json("eval.json", result)
+    return result
+
+
+def _prompts(run: Run) -> list[tuple[Group, str]]:
+    """Every prompt with its group, in the order of the lists."""
+    seen = load_prompts(run.eval.prompts_seen or run.prompts)
+    unseen = load_prompts(run.eval.prompts_unseen) if run.eval.prompts_unseen else ()
+    return [*(("seen", prompt) for prompt in seen), *(("unseen", prompt) for prompt in unseen)]
+
+
+class _Meter:
+    """Every number of a picture, from the run's rewards and judge."""
+
+    def __init__(self, run: Run, device: torch.device) -> None:
+        self.scorer = load_scorer(run.reward, device, on_invalid=run.on_invalid_reward)
+        self.judge: Reward | None = run.eval.judge.load(device) if run.eval.judge else None
+        self.held_out = self.judge is not None and run.eval.judge not in [entry.reward for entry in run.reward]
+        self.good_threshold: float | None = getattr(self.judge, "good_threshold", None)
+        self._judge = Scorer([(self.judge, 1.0)], on_invalid="skip") if self.judge else None
+        candidates: list[object] = [self.judge, *(reward for reward, _ in self.scorer.members)]
+        self._embedder = next((reward for reward in candidates if isinstance(reward, Embedder)), None)
+        self.embedding = self._embedder.name if self._embedder else "pixels"
+
+    @torch.no_grad()
+    def scores(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Numbers of pictures (B, 3, H, W), (B,) each, NaN where a reward gave none; names as in `metrics`."""
+        members = self.scorer.each(images, prompts)
+        weights = [weight for _, weight in self.scorer.members]
+        total = sum((weight * score for weight, score in zip(weights, members.values(), strict=True)), torch.zeros(()))
+        scores = {"reward": total}
+        if len(members) > 1:
+            scores |= {f"reward:{name}": score for name, score in members.items()}
+        if self._judge:
+            scores["judge"] = self._judge(images, prompts)
+            if self.good_threshold is not None:
+                good = (scores["judge"] >= self.good_threshold).float()
+                scores["good"] = good.where(scores["judge"].isfinite(), math.nan)
+        high, low = images.amax(1), images.amin(1)
+        scores["saturation"] = ((high - low) / high.clamp(min=1e-6)).mean((1, 2))
+        scores["jpeg"] = jpeg_kilobytes(images)
+        return scores
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """(B, D): of the judge, else of a reward that has them, else 8 x 8 means of the pixels around mid grey."""
+        if self._embedder:
+            return self._embedder.embed(images).float().cpu()
+        return (adaptive_avg_pool2d(images, 8) - 0.5).flatten(1).cpu()
+
+    def metric(self, name: str) -> Metric:
+        """What a name in `scores` or in `_DIVERSITY` stands for."""
+        fixed = {
+            "good": Metric("pictures the judge calls good", "judge" if self.held_out else "member", "share"),
+            "saturation": Metric("saturation", "alarm"),
+            "jpeg": Metric("JPEG size", "alarm", "kB"),
+        }
+        if name in fixed:
+            return fixed[name]
+        if name in _DIVERSITY:
+            return _DIVERSITY[name].metric
+        if name == "judge" and self.judge:
+            return Metric(self.judge.name, "judge" if self.held_out else "member")
+        members = self.scorer.members
+        if name == "reward":
+            return Metric(members[0][0].name if len(members) == 1 else "sum of the rewards", "trained")
+        return Metric(name.removeprefix("reward:"), "member")
+
+
+def _draw(
+    run: Run,
+    model: DiffusionModel,
+    prompts: Sequence[tuple[Group, str]],
+    meter: _Meter,
+    folder: Path,
+    *,
+    step: Callable[[int, int], None],
+) -> dict[Side, list[_Drawn]]:
+    """Both models' pictures, in batches that hold both sides of few pictures at a time; `_Drawn` per prompt."""
+    policy, noise = Policy(model, run.sampler), Noise(run.seed)
+    drawn: dict[Side, list[_Drawn]] = {side: [_Drawn() for _ in prompts] for side in SIDES}
+    jobs = [(index, seed) for index in range(len(prompts)) for seed in range(run.eval.seeds)]
+    done, size = 0, run.eval.batch_size
+    for first in range(0, len(jobs), size):
+        batch = jobs[first : first + size]
+        texts = [prompts[index][1] for index, _ in batch]
+        keys = [("eval", prompts[index][1], seed) for index, seed in batch]
+        for side in SIDES:
+            if side == "base":
+                with model.reference():
+                    images = sample_images(policy, texts, noise=noise, keys=keys, batch_size=size)
+            else:
+                images = sample_images(policy, texts, noise=noise, keys=keys, batch_size=size)
+            scores = meter.scores(images, texts)
+            features, pixels = meter.features(images), adaptive_avg_pool2d(images, 16).flatten(1).cpu()
+            for row, (index, seed) in enumerate(batch):
+                cell = drawn[side][index]
+                for name, values in scores.items():
+                    cell.scores.setdefault(name, []).append(float(values[row]))
+                cell.features.append(features[row])
+                cell.pixels.append(pixels[row])
+                save_png(images[row], folder / side / _file_name(prompts, index, seed))
+                if index < SHEET_PROMPTS and seed < SHEET_SEEDS:
+                    cell.thumbnails.append(fit(images[row], SHEET_CELL))
+            done += len(batch)
+            step(done, 2 * len(jobs))
+    return drawn
+
+
+def _file_name(prompts: Sequence[tuple[Group, str]], index: int, seed: int) -> str:
+    group, prompt = prompts[index]
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-")
+    return "-".join(part for part in (f"{index:03d}", group, words, f"seed{seed}.png") if part)
+
+
+def _side_by_side(prompts: Sequence[tuple[Group, str]], drawn: dict[Side, list[_Drawn]]) -> Image.Image:
+    pictures: list[Image.Image] = []
+    captions: list[str] = []
+    columns = 2 * len(drawn["base"][0].thumbnails)
+    for index, (_, prompt) in enumerate(prompts[:SHEET_PROMPTS]):
+        for side in SIDES:
+            cell = drawn[side][index]
+            pictures += cell.thumbnails
+            captions += [f"{prompt} {score:.2f}" for score in cell.scores["reward"][: len(cell.thumbnails)]]
+    seeds = columns // 2
+    title = f"left {seeds}: base; right {seeds}: aligned, same seeds and noises; with the reward"
+    return contact_sheet(pictures, captions, columns=columns, cell=SHEET_CELL, title=title)
+
+
+@dataclass(frozen=True)
+class _Diversity:
+    metric: Metric
+    of: Callable[[_Drawn], float]
+
+
+_DIVERSITY = {
+    "distance": _Diversity(
+        Metric("distance between pictures of a prompt", "diversity"),
+        lambda cell: pairwise_distance(torch.stack(cell.features)),
+    ),
+    "vendi": _Diversity(
+        Metric("different pictures of a prompt (Vendi score)", "diversity", "pictures"),
+        lambda cell: vendi_score(torch.stack(cell.features)) if len(cell.features) > 1 else math.nan,
+    ),
+    "pixels": _Diversity(
+        Metric("pixel distance between pictures of a prompt", "diversity"),
+        lambda cell: pairwise_rms(torch.stack(cell.pixels)),
+    ),
+}
+
+
+def _result(
+    run: Run, prompts: Sequence[tuple[Group, str]], drawn: dict[Side, list[_Drawn]], meter: _Meter
+) -> dict[str, Any]:
+    """The content of eval.json, without what only the caller knows."""
+    values: dict[str, dict[Side, list[float]]] = {}
+    for name in drawn["base"][0].scores:
+        means = [paired_means(*(drawn[side][index].scores[name] for side in SIDES)) for index in range(len(prompts))]
+        values[name] = {"base": [pair[0] for pair in means], "aligned": [pair[1] for pair in means]}
+    for name, diversity in _DIVERSITY.items():
+        values[name] = {side: [diversity.of(cell) for cell in drawn[side]] for side in SIDES}
+    spread = {name: within_spread([cell.scores[name] for cell in drawn["base"]]) for name in drawn["base"][0].scores}
+    groups = {"seen": ["seen"], "unseen": ["unseen"], "all": ["seen", "unseen"]}
+    members = {
+        name: [index for index, (group, _) in enumerate(prompts) if group in wanted] for name, wanted in groups.items()
+    }
+    return {
+        "schema": SCHEMA,
+        "settings": {
+            "seed": run.seed,
+            "seeds": run.eval.seeds,
+            "sampler": asdict(run.sampler),
+            "confidence": CONFIDENCE,
+            "resamples": RESAMPLES,
+            "embedding": meter.embedding,
+            "judge": meter.judge.name if meter.judge else None,
+            "judge_held_out": meter.held_out,
+            "good_threshold": meter.good_threshold,
+        },
+        "metrics": {name: {**asdict(meter.metric(name)), "spread": plain(spread.get(name))} for name in values},
+        "groups": {
+            name: {
+                "prompts": len(indices),
+                "pictures": len(indices) * run.eval.seeds,
+                "metrics": {metric: _compared(values[metric], indices, seed=run.seed) for metric in values},
+            }
+            for name, indices in members.items()
+            if indices
+        },
+        "prompts": [
+            {
+                "prompt": prompt,
+                "group": group,
+                "metrics": {
+                    name: {side: plain(sides[side][index]) for side in SIDES} for name, sides in values.items()
+                },
+                "pictures": [
+                    {
+                        "seed": seed,
+                        **{side: f"samples/eval/{side}/{_file_name(prompts, index, seed)}" for side in SIDES},
+                        "scores": {
+                            name: {side: plain(drawn[side][index].scores[name][seed]) for side in SIDES}
+                            for name in drawn["base"][index].scores
+                        },
+                    }
+                    for seed in range(run.eval.seeds)
+                ],
+            }
+            for index, (group, prompt) in enumerate(prompts)
+        ],
+    }
+
+
+def _compared(values: dict[Side, list[float]], indices: Sequence[int], *, seed: int) -> dict[str, Any] | None:
+    base, aligned = ([values[side][index] for index in indices] for side in SIDES)
+    return compare(base, aligned, confidence=CONFIDENCE, resamples=RESAMPLES, seed=seed)
+
+
+def _history(path: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Summaries of the evaluations so far, by update, ending with this one."""
+    earlier: list[dict[str, Any]] = []
+    if path.is_file():
+        try:
+            earlier = json.loads(path.read_text(encoding="utf-8")).get("history", [])
+        except (ValueError, AttributeError):  # an edited or foreign file is no reason to lose the new numbers
+            earlier = []
+    kept = [entry for entry in earlier if entry["update"] < result["update"]]
+    keys = ("base", "aligned", "difference", "low", "high", "ratio")
+    summary = {
+        group: {name: {key: row[key] for key in keys} for name, row in data["metrics"].items() if row}
+        for group, data in result["groups"].items()
+    }
+    return [*kept, {"update": result["update"], "groups": summary}]
