@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -42,7 +42,7 @@ class Silent:
 
 @dataclass
 class Call:
-    """One raw call of a model: what went in, and how it was used.
+    """One raw call of a model: what went in (of a reward: pictures, prompts, the reward), and how it was used.
 
     `gradient` is None for a call without a backward, "weights" for the backward of a loss, "input" for a gradient with
     respect to what went in; `reference` says that the adapter was off.
@@ -60,14 +60,33 @@ class Call:
 
 
 @dataclass
-class Observed:
-    """A training session whose raw model calls are noted in `calls`, in their order."""
+class Watch:
+    """Where calls are noted, while it is on."""
 
-    run: Run
+    calls: list[Call] = field(default_factory=list[Call])
+    on: bool = True
+
+    def note(self, call: Call, output: Tensor, *inputs: Tensor) -> None:
+        """Append a call, and set its `gradient` once a backward pass has gone through its output."""
+        if not self.on:
+            return
+        self.calls.append(call)
+        if output.requires_grad:
+            gradient: Literal["weights", "input"] = "input" if any(x.requires_grad for x in inputs) else "weights"
+
+            def backward(_: Tensor) -> None:
+                call.gradient = gradient
+
+            output.register_hook(backward)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A training session, and the raw model calls it makes, in their order."""
+
     session: Session
     directory: RunDirectory
-    rewards: list[Reward]
-    calls: list[Call] = field(default_factory=list[Call])
+    watch: Watch
 
     @property
     def model(self) -> Any:
@@ -78,28 +97,16 @@ class Observed:
 class _ObservedReward:
     """A reward that notes its calls."""
 
-    def __init__(self, reward: Reward, calls: list[Call]) -> None:
+    def __init__(self, reward: Reward, watch: Watch) -> None:
         self.name = reward.name
         self.differentiable = reward.differentiable
         self._reward = reward
-        self._calls = calls
+        self._watch = watch
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         score = self._reward(images, prompts)
-        note_backward(self._calls, Call("reward", (images.detach(), prompts)), score, images)
+        self._watch.note(Call("reward", (images.detach(), prompts, self._reward)), score, images)
         return score
-
-
-def note_backward(calls: list[Call], call: Call, output: Tensor, *inputs: Tensor) -> None:
-    """Append a call, and set its `gradient` once a backward pass has gone through its output."""
-    calls.append(call)
-    if output.requires_grad:
-        gradient: Literal["weights", "input"] = "input" if any(x.requires_grad for x in inputs) else "weights"
-
-        def backward(_: Tensor) -> None:
-            call.gradient = gradient
-
-        output.register_hook(backward)
 
 
 def observe(run: Run, folder: Path) -> Observed:
@@ -108,9 +115,9 @@ def observe(run: Run, folder: Path) -> Observed:
     device = torch.device("cpu")
     policy = Policy(run.model.load(device, seed=run.seed), run.sampler)
     model: Any = policy.model
-    calls: list[Call] = []
+    watch = Watch()
     members = load_scorer(run.reward, device).members
-    watched = [(_ObservedReward(reward, calls), weight) for reward, weight in members]
+    watched = [(_ObservedReward(reward, watch), weight) for reward, weight in members]
     directory = RunDirectory.create(folder, run)
     session = Session(
         run,
@@ -126,24 +133,14 @@ def observe(run: Run, folder: Path) -> Observed:
         sample, time = args
         call = Call("unet", (sample.detach(), time, kwargs["encoder_hidden_states"].detach()))
         call.reference = any(adapter.disable_adapters for adapter in adapters)
-        note_backward(calls, call, output[0], sample)
+        watch.note(call, output[0], sample)
 
     def decoder(_: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-        note_backward(calls, Call("decode", (args[0].detach(),)), output, args[0])
+        watch.note(Call("decode", (args[0].detach(),)), output, args[0])
 
     model.unet.register_forward_hook(unet, with_kwargs=True)
     model.vae.decoder.register_forward_hook(decoder)
-    return Observed(run, session, directory, [reward for reward, _ in members], calls)
-
-
-def pause(calls: list[Call]) -> Callable[[], None]:
-    """Stop noting calls; what it returns goes back to before, dropping what was noted meanwhile."""
-    length = len(calls)
-
-    def back() -> None:
-        del calls[length:]
-
-    return back
+    return Observed(session, directory, watch)
 
 
 def save(name: str, result: dict[str, Any]) -> None:

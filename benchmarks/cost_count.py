@@ -49,7 +49,7 @@ def count(model: str, algorithm: dict[str, Any]) -> tuple[dict[str, float], dict
         observed = observe(run, Path(folder) / "run")
         observed.session.update(0)
         rows: Counter[str] = Counter()
-        for call in observed.calls:
+        for call in observed.watch.calls:
             rows[call.kind] += call.items
             rows[f"{call.kind} {call.gradient}"] += call.items
         steps = run.algorithm.trained_steps(20, noise=observed.session.noise, update=0)

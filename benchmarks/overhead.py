@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from common import Call, Observed, observe, pause, save
+from common import Call, Observed, observe, save
 
 from tailorpo.pair_gallery import gallery_updates
 from tailorpo.run import Run
@@ -37,7 +37,7 @@ def replay(observed: Observed, call: Call) -> None:
         elif call.kind == "decode":
             outputs = [model.vae.decode(leaf, return_dict=False)[0]]
         else:
-            outputs = [reward(leaf, rest[0]) for reward in observed.rewards]
+            outputs = [rest[1](leaf, rest[0])]
     if call.gradient is not None:
         targets = [leaf] if call.gradient == "input" else list(model.trainable().values())
         torch.autograd.grad(outputs, targets, [torch.ones_like(output) for output in outputs])
@@ -45,7 +45,7 @@ def replay(observed: Observed, call: Call) -> None:
 
 def timed_replay(observed: Observed, calls: list[Call]) -> tuple[float, float, dict[str, float]]:
     """(wall, CPU, CPU by kind of call) seconds of all calls of an update."""
-    back = pause(observed.calls)
+    observed.watch.on = False
     by_kind: defaultdict[str, float] = defaultdict(float)
     wall, cpu = time.perf_counter(), time.process_time()
     for call in calls:
@@ -54,13 +54,13 @@ def timed_replay(observed: Observed, calls: list[Call]) -> tuple[float, float, d
         kind = {None: "forward", "weights": "forward and backward", "input": "forward and input gradient"}
         by_kind[f"{call.kind}, {kind[call.gradient]}"] += time.process_time() - started
     result = time.perf_counter() - wall, time.process_time() - cpu, dict(by_kind)
-    back()
+    observed.watch.on = True
     return result
 
 
 def timed_update(observed: Observed, update: int) -> tuple[float, float]:
-    """(wall, CPU) seconds of one update as `train` runs it; its calls are left in `observed.calls`."""
-    observed.calls.clear()
+    """(wall, CPU) seconds of one update as `train` runs it; its calls are left in `observed.watch.calls`."""
+    observed.watch.calls.clear()
     wall, cpu = time.perf_counter(), time.process_time()
     metrics = observed.session.update(update)
     observed.directory.append_metrics(metrics)
@@ -82,10 +82,10 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         observed = observe(run, Path(folder) / "run")
         timed_update(observed, plain[0])  # warm: caches of prompts, memory, kernels
-        timed_replay(observed, list(observed.calls))
+        timed_replay(observed, list(observed.watch.calls))
         for update in plain[1 : options.repeats + 1]:
             wall, cpu = timed_update(observed, update)
-            raw_wall, raw_cpu, by_kind = timed_replay(observed, list(observed.calls))
+            raw_wall, raw_cpu, by_kind = timed_replay(observed, list(observed.watch.calls))
             walls.append((wall, raw_wall))
             cpus.append((cpu, raw_cpu))
             kinds.append(by_kind)
