@@ -286,6 +286,7 @@ def test_the_list_of_rewards_tells_the_truth() -> None:
         "emoji_preference",
         "emoji_judge",
         "clip_preference",
+        "aesthetic",
         "jpeg_compressibility",
         "jpeg_incompressibility",
         "colourfulness",

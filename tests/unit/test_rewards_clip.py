@@ -1,9 +1,10 @@
-"""ClipPreference against transformers' own CLIPModel.forward, on tiny models with random weights."""
+"""Rewards on CLIP towers against transformers' own CLIPModel.forward, on tiny models with random weights."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from tailorpo.errors import RewardError
-from tailorpo.rewards import ClipPreference, EmojiJudge, Scorer
+from tailorpo.rewards import Aesthetic, ClipPreference, EmojiJudge, Scorer
+from tailorpo.rewards.clip_folder import ClipPreprocess
 from tailorpo.rewards.clip_preference import ClipScorer
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
@@ -101,7 +103,7 @@ def test_a_model_in_training_mode_is_put_into_eval_mode(folder: Path) -> None:
     config = CLIPConfig.from_pretrained(folder)
     config.vision_config.attention_dropout = 0.5
     model = CLIPModel.from_pretrained(folder, config=config).train()
-    reward = ClipScorer(model, lambda _: [52, 1, 53], name="tiny")
+    reward = ClipScorer(model, ClipPreprocess(32, "cpu"), tokenize=lambda _: [52, 1, 53], name="tiny")
     assert torch.equal(reward(pictures(), PROMPTS), reward(pictures(), PROMPTS))
 
 
@@ -164,3 +166,55 @@ def test_bundled_rewards_say_where_they_come_from(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("tailorpo.rewards.clip_preference._ASSETS", tmp_path)
     with pytest.raises(RewardError, match=r"'emoji_judge'.*reinstall tailorpo, or run `make miniature`"):
         EmojiJudge().load("cpu")
+
+
+def save_head(path: Path, widths: tuple[int, ...] = (24, 16, 8, 1), *, seed: int = 3) -> dict[str, Tensor]:
+    """Weights in the names and gaps of the real predictor's file."""
+    generator = torch.Generator().manual_seed(seed)
+    state: dict[str, Tensor] = {}
+    for number, (before, after) in enumerate(pairwise(widths)):
+        state[f"layers.{2 * number}.weight"] = torch.randn(after, before, generator=generator)
+        state[f"layers.{2 * number}.bias"] = torch.randn(after, generator=generator)
+    torch.save(state, path)
+    return state
+
+
+def test_the_aesthetic_score_is_one_affine_map_of_the_normalised_embedding(folder: Path, tmp_path: Path) -> None:
+    state = save_head(tmp_path / "head.pth")
+    reward = Aesthetic(path=str(folder), file=str(tmp_path / "head.pth")).load("cpu")
+    images = pictures().requires_grad_()
+    scores = Scorer([(reward, 1.0)])(images, PROMPTS)
+    # The same number another way: the whole CLIPModel's embedding, and the layers multiplied together in float64.
+    pixels = (images.detach().numpy() - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))
+    model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        embeddings = model(
+            pixel_values=torch.from_numpy(pixels).float(), input_ids=torch.ones(4, 3).long()
+        ).image_embeds
+    matrix, shift = np.eye(24), np.zeros(24)
+    for number in (0, 2, 4):
+        weight, bias = (
+            state[f"layers.{number}.weight"].double().numpy(),
+            state[f"layers.{number}.bias"].double().numpy(),
+        )
+        matrix, shift = weight @ matrix, weight @ shift + bias
+    assert np.allclose(scores.detach().numpy(), (embeddings.numpy() @ matrix.T + shift)[:, 0], rtol=1e-4, atol=1e-4)
+    (gradient,) = torch.autograd.grad(scores.sum(), images)
+    assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, r"there is no file .*improved-aesthetic-predictor"),
+        (lambda path: path.write_bytes(b"no weights"), r"is not an aesthetic predictor"),
+        (lambda path: torch.save({"weight": torch.ones(2)}, path), r"it holds \['weight'\], expected layers\.N"),
+        (lambda path: torch.save([1, 2], path), r"is not an aesthetic predictor"),
+        (lambda path: save_head(path, (768, 4, 1)), r"expects embeddings of 768 numbers, the model .* gives 24"),
+        (lambda path: save_head(path, (24, 4, 2)), r"that end in 1"),
+    ],
+)
+def test_an_aesthetic_head_that_cannot_be_used(folder: Path, tmp_path: Path, make, message: str) -> None:
+    make(tmp_path / "head.pth")
+    with pytest.raises(RewardError, match=message):
+        Aesthetic(path=str(folder), file=str(tmp_path / "head.pth")).load("cpu")

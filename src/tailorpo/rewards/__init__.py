@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 
+from tailorpo.rewards.aesthetic import Aesthetic
 from tailorpo.rewards.clip_preference import ClipPreference, EmojiJudge, EmojiPreference
 from tailorpo.rewards.colour import Brightness, Colourfulness
 from tailorpo.rewards.custom import CustomReward
@@ -27,6 +28,7 @@ BuiltinReward = (
     EmojiPreference
     | EmojiJudge
     | ClipPreference
+    | Aesthetic
     | JpegCompressibility
     | JpegIncompressibility
     | Colourfulness
@@ -76,6 +78,7 @@ def describe_rewards() -> tuple[RewardInfo, ...]:
         EmojiPreference,
         EmojiJudge,
         ClipPreference,
+        Aesthetic,
         JpegCompressibility,
         JpegIncompressibility,
         Colourfulness,
@@ -99,6 +102,7 @@ def describe_rewards() -> tuple[RewardInfo, ...]:
 
 
 __all__ = [
+    "Aesthetic",
     "Brightness",
     "BuiltinReward",
     "ClipPreference",

@@ -2,17 +2,12 @@
 
     score(x, c) = exp(logit_scale) * cos(image_features(x), text_features(c))   (Kirstain et al. 2023, arXiv 2305.01569)
 
-The preprocessing is the library's own, on tensors, so that gradients reach the pictures: shorter side to the model's
-size (bicubic with antialiasing, clamped), crop in the middle, normalise with the mean and std of
-preprocessor_config.json. It differs from the 8-bit path through PIL by rounding only (one or two levels of 255).
-
-Left out: quantising to 8 bits before scoring, text cleaning as open_clip does it (PickScore's reference does not), and
-the B x B matrix of all pictures against all prompts.
+Left out: text cleaning as open_clip does it (PickScore's reference does not), and the B x B matrix of all pictures
+against all prompts.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,10 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tailorpo.errors import RewardError
+from tailorpo.rewards.clip_folder import ClipPreprocess, load_clip
 
 _ASSETS = Path(__file__).resolve().parents[1] / "assets"
-_OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,90 +90,42 @@ class ClipScorer:
     differentiable = True
 
     def __init__(
-        self,
-        model: Any,
-        tokenize: Callable[[str], list[int]],
-        *,
-        name: str,
-        resize: int | None = None,
-        mean: Sequence[float] = _OPENAI_MEAN,
-        std: Sequence[float] = _OPENAI_STD,
+        self, model: Any, preprocess: ClipPreprocess, *, tokenize: Callable[[str], list[int]], name: str
     ) -> None:
-        """Take a transformers CLIPModel, a function from a prompt to its token ids, and the preprocessing.
-
-        `resize` is the length of the shorter side before the crop to the model's square; None = the square's side.
-        """
+        """Take a transformers CLIPModel, its preprocessing, and a function from a prompt to its token ids."""
         self.name = name
         self.model = model.float().eval().requires_grad_(False)
         """The transformers CLIPModel."""
+        self.preprocess = preprocess
         self._tokenize = tokenize
         self._scale: Tensor = model.logit_scale.detach().exp()
-        self._size: int = model.config.vision_config.image_size
-        self._resize = resize or self._size
-        self._mean = torch.tensor(mean, device=self._scale.device).view(1, 3, 1, 1)
-        self._std = torch.tensor(std, device=self._scale.device).view(1, 3, 1, 1)
         self._text = lru_cache(maxsize=4096)(self._encode)
 
     @classmethod
     def from_folder(cls, folder: Path, *, name: str, device: torch.device | str, hint: str) -> ClipScorer:
         """Read a CLIPModel folder without any network; `hint` ends the RewardError about a folder that is not there."""
-        if not (folder / "config.json").is_file():
-            missing = "config.json is missing in" if folder.is_dir() else "there is no folder"
-            raise RewardError(f"reward {name!r}: {missing} {folder}; {hint}")
+        model = load_clip(folder, "both", name=name, hint=hint)
+        preprocess = ClipPreprocess.from_folder(folder, model.config.vision_config.image_size, device, name=name)
         if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
-            raise RewardError(
-                f"reward {name!r}: no tokenizer (tokenizer.json, or vocab.json and merges.txt) in {folder}"
-            )
-        kind = _read_json(folder / "config.json", name).get("model_type")
-        if kind != "clip":
-            raise RewardError(f"reward {name!r}: {folder} holds a {kind!r} model, not a CLIPModel (model_type 'clip')")
-        resize, mean, std = _preprocessing(folder, name)
-        from transformers import CLIPModel, CLIPTokenizer
-        from transformers.utils import logging
+            raise RewardError(f"reward {name!r}: no tokenizer (tokenizer.json or vocab.json, merges.txt) in {folder}")
+        from transformers import CLIPTokenizer
 
-        bar = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()  # it would run across the library's own display
         try:
-            loading: Any = CLIPModel.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
-            )
             tokenizer = cast(Any, CLIPTokenizer.from_pretrained(folder, local_files_only=True))
-        except Exception as error:  # a damaged or foreign folder fails in many ways, inside transformers
-            raise RewardError(f"reward {name!r}: {folder} cannot be read: {type(error).__name__}: {error}") from error
-        finally:
-            if bar:
-                logging.enable_progress_bar()
-        model, info = loading
-        if info["missing_keys"]:
-            raise RewardError(
-                f"reward {name!r}: {len(info['missing_keys'])} weights are missing in {folder}, for example "
-                f"{sorted(info['missing_keys'])[0]}; a vision or text tower alone is not enough"
-            )
+        except Exception as error:  # a damaged file fails in many ways, inside tokenizers
+            raise RewardError(f"reward {name!r}: the tokenizer in {folder} cannot be read: {error}") from error
         longest: int = model.config.text_config.max_position_embeddings
 
         def tokenize(prompt: str) -> list[int]:
             return cast(list[int], tokenizer(prompt, truncation=True, max_length=longest)["input_ids"])
 
-        return cls(model.to(device), tokenize, name=name, resize=resize, mean=mean, std=std)
+        return cls(model.to(device), preprocess, tokenize=tokenize, name=name)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B, 3, H, W) in [0, 1] and B prompts -> (B,) float32, with the graph to the pictures if gradients are on."""
         features: Tensor = self.model.get_image_features(pixel_values=self.preprocess(images)).pooler_output
         text = torch.stack([self._text(prompt) for prompt in prompts])
         return self._scale * (F.normalize(features, dim=-1) * text).sum(-1)
-
-    def preprocess(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> (B, 3, S, S), resized, cropped and normalised for a model of input size S."""
-        pixels = images.to(device=self._mean.device, dtype=torch.float32)
-        height, width = pixels.shape[2:]
-        short = min(height, width)
-        if short != self._resize:
-            size = (int(self._resize * height / short), int(self._resize * width / short))
-            # Bicubic overshoots at edges; PIL clips there, and so do we.
-            pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-        top, left = (pixels.shape[2] - self._size) // 2, (pixels.shape[3] - self._size) // 2
-        pixels = pixels[:, :, top : top + self._size, left : left + self._size]
-        return (pixels - self._mean) / self._std
 
     def _encode(self, prompt: str) -> Tensor:
         """Normalised text features (D,) of one prompt; alone, so that no padding and no neighbour can change them."""
@@ -188,26 +134,3 @@ class ClipScorer:
             output = self.model.get_text_features(input_ids=tokens, attention_mask=torch.ones_like(tokens))
             features: Tensor = output.pooler_output
             return F.normalize(features[0], dim=-1)
-
-
-def _preprocessing(folder: Path, name: str) -> tuple[int | None, tuple[float, ...], tuple[float, ...]]:
-    """(shorter side, mean, std) from preprocessor_config.json; CLIP's own where it does not say."""
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        raise RewardError(
-            f"reward {name!r}: {path} is missing; it says how pictures are normalised (image_mean, image_std)"
-        )
-    config = _read_json(path, name)
-    size = config.get("size")
-    if isinstance(size, dict):
-        sides = cast(dict[str, int], size)
-        size = sides.get("shortest_edge") or min(sides.get("height", 0), sides.get("width", 0))
-    mean, std = config.get("image_mean", _OPENAI_MEAN), config.get("image_std", _OPENAI_STD)
-    return cast(int | None, size or None), cast(tuple[float, ...], mean), cast(tuple[float, ...], std)
-
-
-def _read_json(path: Path, name: str) -> dict[str, object]:
-    try:
-        return cast(dict[str, object], json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise RewardError(f"reward {name!r}: {path} is not valid JSON: {error}") from error
