@@ -169,6 +169,8 @@ def override(tree: Tree, assignments: Sequence[str]) -> None:
             continue
         for old in [old for old in tree.lines if old[: len(key)] == key]:
             del tree.lines[old]
+        for length in range(1, len(key)):
+            tree.lines.setdefault(key[:length], origin)
         tree.lines[key] = origin
 
 

@@ -1,0 +1,50 @@
+"""Runs of seconds for the tests of the commands: a random tiny model, three prompts, brightness as reward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from typer.testing import CliRunner
+
+from tailorpo.cli import app
+
+
+def settings(model_path: Path | str, /, **changes: Any) -> dict[str, Any]:
+    """The data of a small run file; changes replace whole sections."""
+    return {
+        "updates": 3,
+        "checkpoint_every": 1,
+        "model": {"path": str(model_path), "lora": {"rank": 2}},
+        "sampler": {"steps": 4, "guidance_scale": 2.0},
+        "algorithm": {"train_steps": 2},
+        "reward": {"name": "brightness"},
+        "prompts": {"list": ["a cat", "a dog", "a horse"]},
+        "optimizer": {"lr": 1e-3},
+        "batch": {"trajectories": 2, "micro": 2},
+        "eval": {"seeds": 1, "prompts_seen": {"list": ["a cat", "a dog"]}},
+        **changes,
+    }
+
+
+def write_recipe(folder: Path, model_path: Path | str, /, **changes: Any) -> Path:
+    """The same as a file."""
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings(model_path, **changes), sort_keys=False))
+    return path
+
+
+def tailorpo(*arguments: str | Path) -> Any:
+    """Run a command in this process. A traceback would be an exception in the result that is not an exit."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def refused(*arguments: str | Path) -> str:
+    """The message of a command that must end with exit code 2."""
+    result = tailorpo(*arguments)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    return result.output
