@@ -162,6 +162,11 @@ def test_each_names_every_member_and_counts_pictures_once() -> None:
     assert (scorer.queries, scorer.invalid) == (8, 0)
 
 
+def test_each_keeps_apart_what_has_the_same_name() -> None:
+    members = [(Fake(red, name=name), 1.0) for name in ("a#1", "a#1", "a", "a", "a")]
+    assert list(Scorer(members).each(pictures(), PROMPTS)) == ["a#1", "a#1#2", "a", "a#2", "a#3"]
+
+
 def test_a_gradient_passes_where_it_is_asked_for_and_only_there() -> None:
     scorer = Scorer([(Fake(red, differentiable=True), 2.0)])
     images = pictures().requires_grad_()

@@ -85,8 +85,11 @@ class Scorer:
         """Score as `__call__` does, but return every member's own unweighted (B,) by name ("name", "name#2", ...)."""
         named: dict[str, Tensor] = {}
         for (reward, _), score in zip(self.members, self._scores(images, prompts), strict=True):
-            copies = 1 + sum(taken.split("#")[0] == reward.name for taken in named)
-            named[reward.name if copies == 1 else f"{reward.name}#{copies}"] = score
+            label, number = reward.name, 1
+            while label in named:
+                number += 1
+                label = f"{reward.name}#{number}"
+            named[label] = score
         return named
 
     def _scores(self, images: Tensor, prompts: Sequence[str]) -> list[Tensor]:
