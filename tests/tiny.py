@@ -1,4 +1,4 @@
-"""A tiny Stable Diffusion with random weights, built from configs: every class is the real one, only the sizes are not."""
+"""A tiny Stable Diffusion with random weights, built from configs: the real classes, only the sizes are not."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-VOCABULARY = ["a", "cat", "dog", "red", "blue", "horse", "snail", "on", "background"]
 
 
 def save_tiny_tokenizer(folder: Path) -> None:

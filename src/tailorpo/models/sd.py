@@ -205,7 +205,8 @@ class StableDiffusion:
         targets = ATTENTION_MODULES + (CONVOLUTION_MODULES if lora.targets == "attention+conv" else [])
         alpha: Any = lora.alpha or lora.rank  # peft's annotation says int, its arithmetic does not care
         config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=targets)
-        self.unet.add_adapter(config, adapter_name=ADAPTER)
+        with torch.random.fork_rng():  # peft draws its own initialisation from torch's global generator
+            self.unet.add_adapter(config, adapter_name=ADAPTER)
         noise = Noise(seed)
         with torch.no_grad():
             for name, parameter in self.trainable().items():
