@@ -40,7 +40,7 @@ UNSEEN = ("a snail", "an octopus", "a lobster", "a crocodile")
 def draw(seed: int, *, quality: float, size: int = 64) -> Image.Image:
     """A face on a ground: crisp and large for quality 1, blurred, faded and small for quality 0."""
     rng = np.random.default_rng(seed)
-    scale = 4
+    scale = 4 if size <= 64 else 1
     ground = tuple(int(v) for v in rng.integers(225, 256, 3))
     image = Image.new("RGB", (size * scale, size * scale), ground)
     pen = ImageDraw.Draw(image)

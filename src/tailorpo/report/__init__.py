@@ -76,6 +76,7 @@ def render(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     settings = _settings(folder / "run.yaml", notes)
     evaluation = _evaluation(folder / "eval.json", notes)
     script = _source("page.js")
+    pairs = _pairs(folder / "samples" / "pairs")
     return pages.get_template("page.html.j2").render(
         title=folder.resolve().name,
         verdict=judge_run(evaluation, rows, target=_target(settings)),
@@ -86,7 +87,8 @@ def render(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
         charts=training_charts(rows),
         history=history_charts(evaluation) if evaluation else [],
         steps=step_table(rows),
-        pairs=_pairs(folder / "samples" / "pairs"),
+        pairs=pairs,
+        guided=any(record["guided"] for update in pairs for records in update["trajectories"] for record in records),
         cost=_cost(rows, evaluation),
         run_yaml=_text(folder / "run.yaml"),
         environment=(evaluation or {}).get("environment") or environment(),
@@ -292,7 +294,7 @@ def _cost(rows: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any] | Non
                 cost.append((name, f"{value:,.0f} ({value / max(1, int(last['update'])):,.0f} per update)"))
         if seconds:
             cost.append(("training time", f"{duration(sum(seconds))} ({sum(seconds) / len(seconds):.2f} s per update)"))
-        for key, name in (("ties", "ties left out"), ("invalid", "pictures with an invalid score")):
+        for key, name in (("ties", "ties"), ("invalid", "pairs with an invalid score")):
             cost.append((name, f"{sum(finite(row.get(key)) or 0 for row in rows):,.0f} in {count:,} updates"))
     if evaluation:
         spent = evaluation["cost"]
