@@ -86,3 +86,9 @@ def test_epochs_have_different_orders() -> None:
     prompts = [str(index) for index in range(20)]
     orders = [[prompt_order(prompts, Noise(1), epoch * 20 + place) for place in range(20)] for epoch in range(3)]
     assert orders[0] != orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("name", ["animals", "animals_unseen"])
+def test_the_captions_are_those_the_miniature_was_trained_on(name: str) -> None:
+    file = Path(__file__).parents[2] / "src" / "tailorpo" / "assets" / "prompts" / f"{name}.txt"
+    assert read_prompts(file) == BUNDLED[name]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from tailorpo.errors import RewardError
+from tailorpo.errors import DivergedError, RewardError
 from tailorpo.rewards import (
     Brightness,
     Colourfulness,
@@ -247,7 +247,7 @@ def test_scores_that_are_not_finite_stop_or_are_skipped(bad: float) -> None:
 def test_pictures_that_are_not_finite_are_the_models_fault_and_never_get_a_number() -> None:
     images = pictures()
     images[1, 0, 0, 0] = math.nan
-    with pytest.raises(RewardError, match=r"1 of 4 pictures.*'a dog': the model diverged"):
+    with pytest.raises(DivergedError, match=r"1 of 4 pictures.*'a dog': the model diverged"):
         Scorer([(JpegCompressibility(), 1.0)])(images, PROMPTS)
     scorer = Scorer([(JpegCompressibility(), 1.0)], on_invalid="skip")
     assert torch.isnan(scorer(images, PROMPTS)).tolist() == [False, True, False, False]

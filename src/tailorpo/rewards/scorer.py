@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from tailorpo.errors import RewardError
+from tailorpo.errors import DivergedError, RewardError
 
 
 class Reward(Protocol):
@@ -100,9 +100,10 @@ class Scorer:
         # A reward may well give a broken picture a number (JPEG does), so the pictures themselves are looked at, too.
         bad = ~torch.isfinite(images.detach()).flatten(1).all(1)
         if self.on_invalid == "stop" and bool(bad.any()):
-            raise RewardError(
+            raise DivergedError(
                 f"{int(bad.sum())} of {len(images)} pictures to score hold values that are not finite, the first for "
-                f"the prompt {prompts[int(bad.nonzero()[0, 0])]!r}: the model diverged. Lower the learning rate"
+                f"the prompt {prompts[int(bad.nonzero()[0, 0])]!r}: the model diverged. Lower the learning rate; "
+                "the last checkpoint is kept"
             )
         gradient = torch.is_grad_enabled() and images.requires_grad
         scores = [_score(reward, images, tuple(prompts), gradient=gradient) for reward, _ in self.members]
