@@ -1,3 +1,105 @@
-"""tailorpo: align a text-to-image diffusion model with a reward by step-wise preference optimisation."""
+"""tailorpo: align a text-to-image diffusion model with a reward by step-wise preference optimisation.
+
+    from tailorpo import Run, RunDirectory
+    from tailorpo.progress import Plain
+    from tailorpo.train import train
+
+    run = Run.load("recipes/emoji_tailorpo.yaml", ["updates=20"])
+    model = train(run, RunDirectory.create("runs/first", run), reporter=Plain())
+
+The names below are the public ones; they are imported when first used, so that `import tailorpo` is quick and does
+nothing else.
+`train`, `evaluate` and `report.write_report` are taken from their modules, which have the same names.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tailorpo.algorithms.tailorpo import Steps, TailorPO
+    from tailorpo.errors import (
+        CheckpointError,
+        DivergedError,
+        RewardError,
+        RunFileError,
+        StorageError,
+        TailorpoError,
+        UserError,
+    )
+    from tailorpo.guidance import SigmaGuidance, TargetGuidance
+    from tailorpo.models import LoRA, ModelConfig
+    from tailorpo.noise import Noise
+    from tailorpo.policy import Policy
+    from tailorpo.prompts import PromptsConfig
+    from tailorpo.rewards import CustomReward, RewardEntry
+    from tailorpo.rollout import sample_images
+    from tailorpo.run import Batch, Eval, Optimizer, Run
+    from tailorpo.rundir import RunDirectory
+    from tailorpo.samplers import DDIM
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "DDIM",
+    "Batch",
+    "CheckpointError",
+    "CustomReward",
+    "DivergedError",
+    "Eval",
+    "LoRA",
+    "ModelConfig",
+    "Noise",
+    "Optimizer",
+    "Policy",
+    "PromptsConfig",
+    "RewardEntry",
+    "RewardError",
+    "Run",
+    "RunDirectory",
+    "RunFileError",
+    "SigmaGuidance",
+    "Steps",
+    "StorageError",
+    "TailorPO",
+    "TailorpoError",
+    "TargetGuidance",
+    "UserError",
+    "__version__",
+    "sample_images",
+]
+
+_MODULES = {
+    "algorithms.tailorpo": ("Steps", "TailorPO"),
+    "errors": (
+        "CheckpointError",
+        "DivergedError",
+        "RewardError",
+        "RunFileError",
+        "StorageError",
+        "TailorpoError",
+        "UserError",
+    ),
+    "guidance": ("SigmaGuidance", "TargetGuidance"),
+    "models": ("LoRA", "ModelConfig"),
+    "noise": ("Noise",),
+    "policy": ("Policy",),
+    "prompts": ("PromptsConfig",),
+    "rewards": ("CustomReward", "RewardEntry"),
+    "rollout": ("sample_images",),
+    "run": ("Batch", "Eval", "Optimizer", "Run"),
+    "rundir": ("RunDirectory",),
+    "samplers": ("DDIM",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tailorpo' has no attribute {name!r}")
+    return getattr(import_module(f"tailorpo.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -51,8 +51,8 @@ def _number(metrics: Mapping[str, Any], name: str, pattern: str) -> str:
 class Plain:
     """One line per update and per phase, for log files and pipes."""
 
-    def __init__(self, console: Console, *, total: int = 0) -> None:
-        self._console, self._total, self._seconds = console, total, 0.0
+    def __init__(self, console: Console | None = None, *, total: int = 0) -> None:
+        self._console, self._total = console or Console(), total
 
     def __enter__(self) -> Self:
         return self
@@ -69,8 +69,9 @@ class Plain:
 
     def update(self, metrics: Mapping[str, Any]) -> None:
         """One update is done."""
+        total = f"/{self._total}" if self._total else ""
         self._line(
-            f"update {metrics.get('update')}/{self._total}  reward {_number(metrics, 'reward_mean', '.3f')}  "
+            f"update {metrics.get('update')}{total}  reward {_number(metrics, 'reward_mean', '.3f')}  "
             f"loss {_number(metrics, 'loss', '.4f')}  accuracy {_number(metrics, 'accuracy', '.2f')}  "
             f"KL {_number(metrics, 'kl', '.3g')}  {_number(metrics, 'seconds', '.1f')} s"
         )

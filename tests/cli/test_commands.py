@@ -101,11 +101,12 @@ def test_show_prints_settings_cost_and_path(tmp_path: Path, tiny_folder: Path) -
 
 
 def test_show_says_what_the_recipe_for_sd15_lacks() -> None:
-    output = refused("show", RECIPES / "sd15_tailorpo_g.yaml")
+    output = refused("show", RECIPES / "sd15_aesthetic_tailorpo_g.yaml")
     assert "guidance_scale: 5.0" in output
     assert "the settings are sound, but to train this is missing" in output
     assert "model.path: there is no folder models/stable-diffusion-v1-5" in output
-    assert "reward.path: there is no folder models/PickScore_v1" in output
+    assert "reward.file: there is no file models/sac+logos+ava1-l14-linearMSE.pth" in output
+    assert "reward.path: there is no folder models/clip-vit-large-patch14" in output
 
 
 def test_show_takes_a_run_too(finished: Path) -> None:

@@ -27,6 +27,9 @@ def processes() -> Any:
     """Processes that start with everything imported, so that a test kills training and not an import."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tiny_run", "tailorpo.train", "tailorpo.evaluate", "tailorpo.report"])
+    warm = context.Process(target=int)
+    warm.start()
+    warm.join()
     return context
 
 
@@ -98,7 +101,7 @@ MOMENTS: dict[str, Callable[[Path], Callable[[], bool]]] = {
 
 def strike(process: Any, moment: Callable[[], bool], delay: float) -> None:
     """Kill the process a little after the moment, unless it has ended before."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 200
     while process.is_alive() and not moment():
         assert time.monotonic() < deadline, "the moment did not come"
         time.sleep(0.0005)
@@ -108,6 +111,7 @@ def strike(process: Any, moment: Callable[[], bool], delay: float) -> None:
     process.join()
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_killed_again_and_again_a_run_ends_with_the_same_bits(
     processes: Any, uninterrupted: tuple[Path, dict[str, Any]], tmp_path: Path, seed: int

@@ -41,7 +41,7 @@ def test_every_recipe_is_sound_and_comes_back_from_its_own_yaml(recipe: Path, tm
 
 
 def test_there_are_recipes() -> None:
-    assert {"emoji_tailorpo", "emoji_tailorpo_g", "sd15_tailorpo_g"} <= {path.stem for path in RECIPES}
+    assert {"emoji_tailorpo", "emoji_tailorpo_g", "sd15_aesthetic_tailorpo_g"} <= {path.stem for path in RECIPES}
 
 
 @pytest.mark.parametrize(
