@@ -162,6 +162,20 @@ def test_weights_that_are_missing_are_not_filled_with_noise(folder: Path, tmp_pa
         ClipPreference(path=str(copy)).load("cpu")
 
 
+def test_features_and_the_threshold_of_good_pictures(folder: Path, reward: ClipScorer, tmp_path: Path) -> None:
+    features = reward.embed(pictures(3))
+    assert features.shape[0] == 3
+    assert torch.allclose(features.norm(dim=-1), torch.ones(3), atol=1e-6)
+    assert reward.good_threshold is None
+    copy = Path(shutil.copytree(folder, tmp_path / "clip"))
+    for text, expected in (('{"threshold": 1.5, "n": 7}', 1.5), ('{"n": 7}', None)):
+        (copy / "quality.json").write_text(text)
+        assert ClipScorer.from_folder(copy, name="x", device="cpu", hint="").good_threshold == expected
+    (copy / "quality.json").write_text('{"threshold": "high"}')
+    with pytest.raises(RewardError, match="is no number"):
+        ClipScorer.from_folder(copy, name="x", device="cpu", hint="")
+
+
 def test_bundled_rewards_say_where_they_come_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tailorpo.rewards.clip_preference._ASSETS", tmp_path)
     with pytest.raises(RewardError, match=r"'emoji_judge'.*reinstall tailorpo, or run `make miniature`"):

@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tailorpo.errors import RewardError
-from tailorpo.rewards.clip_folder import ClipPreprocess, load_clip
+from tailorpo.rewards.clip_folder import ClipPreprocess, load_clip, read_json
 
 _ASSETS = Path(__file__).resolve().parents[1] / "assets"
+QUALITY = "quality.json"
+"""A model folder may say here from which score on a picture is good: {"threshold": 1.5}."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +92,18 @@ class ClipScorer:
     differentiable = True
 
     def __init__(
-        self, model: Any, preprocess: ClipPreprocess, *, tokenize: Callable[[str], list[int]], name: str
+        self,
+        model: Any,
+        preprocess: ClipPreprocess,
+        *,
+        tokenize: Callable[[str], list[int]],
+        name: str,
+        good_threshold: float | None = None,
     ) -> None:
         """Take a transformers CLIPModel, its preprocessing, and a function from a prompt to its token ids."""
         self.name = name
+        self.good_threshold = good_threshold
+        """The score from which evaluation counts a picture as good; None where the folder names none."""
         self.model = model.float().eval().requires_grad_(False)
         """The transformers CLIPModel."""
         self.preprocess = preprocess
@@ -119,13 +129,21 @@ class ClipScorer:
         def tokenize(prompt: str) -> list[int]:
             return cast(list[int], tokenizer(prompt, truncation=True, max_length=longest)["input_ids"])
 
-        return cls(model.to(device), preprocess, tokenize=tokenize, name=name)
+        quality = read_json(folder / QUALITY, name=name) if (folder / QUALITY).is_file() else {}
+        threshold = quality.get("threshold")
+        if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, int | float)):
+            raise RewardError(f"reward {name!r}: the threshold in {folder / QUALITY} is no number: {threshold!r}")
+        return cls(model.to(device), preprocess, tokenize=tokenize, name=name, good_threshold=threshold)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B, 3, H, W) in [0, 1] and B prompts -> (B,) float32, with the graph to the pictures if gradients are on."""
-        features: Tensor = self.model.get_image_features(pixel_values=self.preprocess(images)).pooler_output
         text = torch.stack([self._text(prompt) for prompt in prompts])
-        return self._scale * (F.normalize(features, dim=-1) * text).sum(-1)
+        return self._scale * (self.embed(images) * text).sum(-1)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> normalised image features (B, D); evaluation measures diversity in them."""
+        features: Tensor = self.model.get_image_features(pixel_values=self.preprocess(images)).pooler_output
+        return F.normalize(features, dim=-1)
 
     def _encode(self, prompt: str) -> Tensor:
         """Normalised text features (D,) of one prompt; alone, so that no padding and no neighbour can change them."""
