@@ -3,7 +3,8 @@
     python benchmarks/cost_count.py [--model emoji]
 
 T = 20 steps, 5 of them trained. F is one guided forward of one latent (two rows of the UNet's batch), B one backward
-for the loss, I one gradient with respect to the latents (guidance), R one picture decoded and scored.
+for the loss, I one backward to the latents of a pair (guidance), R one picture decoded and scored. A backward I goes
+through both candidates, because the batch that is differentiated does not know its winners yet: two rows of work each.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[int, int, int] | None]] = {
     "TailorPO-G, inline, accept/reject": ({"update": "inline", "guidance": {**SIGMA, "accept_reject": True}}, None),
     "TailorPO-G, inline, Jacobian-free": ({"update": "inline", "guidance": {**SIGMA, "jacobian": "free"}}, None),
 }
-TRAJECTORIES = 4
+TRAJECTORIES, MICRO = 4, 2
 
 
 def count(model: str, algorithm: dict[str, Any]) -> tuple[dict[str, float], dict[str, int]]:
@@ -42,7 +43,7 @@ def count(model: str, algorithm: dict[str, Any]) -> tuple[dict[str, float], dict
             "algorithm": {"train_steps": 5, **algorithm},
             "reward": {"name": "brightness"},
             "prompts": {"list": ["a cat", "a dog"]},
-            "batch": {"trajectories": TRAJECTORIES, "micro": 2},
+            "batch": {"trajectories": TRAJECTORIES, "micro": MICRO},
         }
     )
     with TemporaryDirectory() as folder:
@@ -52,14 +53,17 @@ def count(model: str, algorithm: dict[str, Any]) -> tuple[dict[str, float], dict
         for call in observed.watch.calls:
             rows[call.kind] += call.items
             rows[f"{call.kind} {call.gradient}"] += call.items
+            rows[f"{call.kind} {call.gradient}, calls"] += 1
         steps = run.algorithm.trained_steps(20, noise=observed.session.noise, update=0)
     counted = {
         "forwards": rows["unet"] / 2,
         "backwards": rows["unet weights"] / 2,
-        "input_gradients": rows["unet input"] / 2,
+        # One call serves a whole micro-batch of trajectories, and is one backward for each of them.
+        "input_gradients": rows["unet input, calls"] * MICRO,
         "reward_queries": rows["reward"],
     }
     assert rows["decode"] == rows["reward"]
+    assert rows["unet input"] / 2 == 2 * counted["input_gradients"]  # both candidates
     return {name: value / TRAJECTORIES for name, value in counted.items()}, asdict(run.algorithm.cost(20, steps))
 
 
@@ -81,6 +85,11 @@ def main() -> None:
         numbers = " | ".join(f"{value:g}" for value in counted.values())
         lines.append(f"| {name} | {numbers} | {promise}{'' if kept else ' (NOT KEPT)'} |")
         results.append({"algorithm": name, "counted": counted, "cost_method": said, "contract": contract})
+    lines += [
+        "",
+        "F: guided forward of one latent. B: backward of the loss. R: picture decoded and scored. I: backward to the",
+    ]
+    lines += ["latents of a pair; it goes through both candidates, so it is the work of two gradients of one latent."]
     table = "\n".join(lines) + "\n"
     print(table)
     save("cost_count", {"unit": "per trajectory", "steps": 20, "trained_steps": 5, "results": results})
