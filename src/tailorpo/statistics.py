@@ -1,12 +1,13 @@
 """The statistics of an evaluation: intervals of paired differences and ratios, win rates, diversity.
 
-    interval of a mean       BCa bootstrap over prompts (Efron 1987), seeded
+    interval of a mean       BCa bootstrap over prompts (Efron 1987), seeded; Student's t below 20 prompts
     interval of a win rate   Wilson (1927); a tie counts half a win
     diversity                mean pairwise cosine distance; Vendi score (Friedman and Dieng 2023, arXiv 2210.02410)
 
 The unit is the prompt: pictures of one prompt are alike, and counting them as independent would make intervals too
-narrow. With few prompts (below about ten) a bootstrap interval is somewhat too narrow all the same; the number of
-prompts is therefore reported next to it. Left out: tests of significance (an interval says more).
+narrow. The bootstrap of few prompts is too narrow as well: of 6 normal values its 95 % interval covers the mean in 87 %
+of cases, of 15 in 92 %; Student's t stays at its level, and is better for skewed values too (86 against 82 % for 6
+exponential ones). Left out: tests of significance (an interval says more).
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from torch.nn.functional import normalize
 
 Vector = NDArray[np.float64]
 
+FEW = 20
+"""Below this many prompts intervals are Student's."""
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -39,12 +43,14 @@ class Interval:
 def mean_interval(
     values: Sequence[float], *, confidence: float = 0.95, resamples: int = 9999, seed: int = 0
 ) -> Interval:
-    """The mean of one value per prompt with its BCa bootstrap interval; equal values give an interval of no width.
+    """The mean of one value per prompt with its interval; equal values give an interval of no width.
 
     Raises:
         ValueError: no values, or one that is not finite.
     """
     data = _vector(values)
+    if len(data) < FEW:
+        return _student(float(data.mean()), data - data.mean(), confidence=confidence)
 
     def mean(sample: Vector, axis: int = -1) -> Any:
         return sample.mean(axis=axis)
@@ -65,6 +71,10 @@ def ratio_interval(
         raise ValueError(f"pairs need equal lengths, got {len(below)} and {len(above)}")
     if not below.mean() > 0:
         return None
+    if len(below) < FEW:
+        # The delta method: the ratio varies like the mean of (aligned - ratio * base) / mean(base).
+        value = float(above.mean() / below.mean())
+        return _student(value, (above - value * below) / below.mean(), confidence=confidence)
 
     def ratio(first: Vector, second: Vector, axis: int = -1) -> Any:
         return second.mean(axis=axis) / first.mean(axis=axis)
@@ -72,12 +82,19 @@ def ratio_interval(
     return _bootstrap((below, above), ratio, confidence=confidence, resamples=resamples, seed=seed)
 
 
+def _student(value: float, residuals: Vector, *, confidence: float) -> Interval:
+    """A value whose error is the mean of independent residuals."""
+    n = len(residuals)
+    if n < 2:
+        return Interval(value, None, None)
+    half = float(stats.t.ppf(0.5 + confidence / 2, n - 1) * residuals.std(ddof=1) / math.sqrt(n))
+    return Interval(value, value - half, value + half)
+
+
 def _bootstrap(
     data: tuple[Vector, ...], statistic: Callable[..., Any], *, confidence: float, resamples: int, seed: int
 ) -> Interval:
     value = float(statistic(*data))
-    if len(data[0]) < 2:
-        return Interval(value, None, None)
     if all(bool(np.all(column == column[0])) for column in data):
         return Interval(value, value, value)
     ends: tuple[float, float] = (math.nan, math.nan)
@@ -174,7 +191,7 @@ def within_spread(groups: Sequence[Sequence[float]]) -> float:
 
 def compare(
     base: Sequence[float], aligned: Sequence[float], *, confidence: float = 0.95, resamples: int = 9999, seed: int = 0
-) -> dict[str, float | int | None] | None:
+) -> dict[str, float | int | str | None] | None:
     """One row of an evaluation table from one value per prompt and model, as JSON can hold it.
 
     Prompts without a finite number on either side are left out and not counted in "n"; None where nothing is left.
@@ -194,6 +211,7 @@ def compare(
         "difference": plain(difference.value),
         "low": plain(difference.low),
         "high": plain(difference.high),
+        "interval": "student" if len(pairs) < FEW else "bca",
         "win_rate": plain(rate.value),
         "win_low": plain(rate.low),
         "win_high": plain(rate.high),

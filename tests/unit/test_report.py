@@ -52,6 +52,22 @@ def test_the_headline_says_no_more_than_the_intervals(
     assert headline(folder) == expected
 
 
+@pytest.mark.parametrize(
+    ("judge", "expected"),
+    [
+        (0.9, "good: The pictures got slightly better, and a judge that training never saw agrees."),
+        (-0.9, "caution: The trained reward rose slightly; the held-out judge fell slightly."),
+    ],
+)
+def test_a_change_that_is_small_beside_the_spread_is_called_slight(tmp_path: Path, judge: float, expected: str) -> None:
+    folder = fabricate(tmp_path, updates=3, judge_gain=judge, pairs=False, seeds=1)
+    evaluation = json.loads((folder / "eval.json").read_text())
+    for metric in evaluation["metrics"].values():
+        metric["spread"] = 20.0
+    (folder / "eval.json").write_text(json.dumps(evaluation))
+    assert headline(folder) == expected
+
+
 def test_an_interval_that_includes_zero_is_called_no_clear_change(tmp_path: Path) -> None:
     folder = fabricate(tmp_path, updates=3, reward_gain=0.02, judge_gain=0.02, pairs=False, seeds=1)
     page = write_report(RunDirectory(folder)).read_text()

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tailorpo.statistics import (
+    FEW,
     Interval,
+    compare,
     mean_interval,
     pairwise_distance,
     pairwise_rms,
@@ -53,7 +55,8 @@ def test_intervals_are_the_same_for_the_same_seed_only() -> None:
 
 @pytest.mark.parametrize("value", [0.0, -1.25])
 def test_equal_values_give_an_interval_without_width(value: float) -> None:
-    assert mean_interval([value] * 7) == Interval(value, value, value)
+    for count in (7, 30):
+        assert mean_interval([value] * count) == Interval(value, value, value)
 
 
 def test_one_prompt_gives_no_interval() -> None:
@@ -61,12 +64,35 @@ def test_one_prompt_gives_no_interval() -> None:
     assert ratio_interval([2.0], [1.0]) == Interval(0.5, None, None)
 
 
-@given(st.lists(st.floats(-100, 100), min_size=2, max_size=6))
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=24))
 def test_ends_are_finite_and_in_order_for_any_data(values: list[float]) -> None:
     interval = mean_interval(values, resamples=99)
     assert interval.low is not None
     assert interval.high is not None
-    assert min(values) - 1e-9 <= interval.low <= interval.high <= max(values) + 1e-9
+    assert interval.low <= interval.high
+    if len(values) < FEW:
+        assert interval.low <= interval.value <= interval.high
+    else:  # a resampled mean lies between the extremes
+        assert min(values) - 1e-9 <= interval.low <= interval.high <= max(values) + 1e-9
+
+
+def test_few_prompts_get_students_interval() -> None:
+    data = [0.3, -0.1, 0.8, 0.4, 0.2, 0.6]
+    interval = mean_interval(data)
+    oracle = stats.ttest_1samp(data, 0.0).confidence_interval(0.95)
+    assert (interval.low, interval.high) == pytest.approx((oracle.low, oracle.high))
+    assert compare([0.0] * 6, data) == compare([0.0] * 6, data, seed=5)  # nothing random in it
+    assert (compare([0.0] * 6, data) or {})["interval"] == "student"
+    assert (compare([0.0] * 20, data * 3 + data[:2]) or {})["interval"] == "bca"
+
+
+def test_few_prompts_get_a_ratio_close_to_fiellers() -> None:
+    rng = np.random.default_rng(2)
+    base = rng.normal(4.0, 0.4, size=8)
+    aligned = 0.8 * base + rng.normal(0, 0.1, size=8)
+    interval = ratio_interval(base.tolist(), aligned.tolist())
+    assert interval is not None
+    assert (interval.low, interval.high) == pytest.approx(fieller(base, aligned), abs=0.002)
 
 
 @pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf]])
@@ -75,11 +101,19 @@ def test_what_has_no_mean_is_refused(values: list[float]) -> None:
         mean_interval(values)
 
 
-def test_ratio_of_proportional_data_is_exact() -> None:
-    base = [1.0, 2.0, 3.0, 5.0]
+@pytest.mark.parametrize("times", [1, 6])
+def test_ratio_of_proportional_data_is_exact(times: int) -> None:
+    base = [1.0, 2.0, 3.0, 5.0] * times
     interval = ratio_interval(base, [0.5 * value for value in base])
     assert interval is not None
     assert (interval.value, interval.low, interval.high) == pytest.approx((0.5, 0.5, 0.5))
+
+
+def fieller(base: np.ndarray, aligned: np.ndarray) -> tuple[float, float]:
+    """All r for which mean(aligned - r base) = 0 is not rejected by a t test."""
+    grid = np.linspace(0.7, 0.9, 2001)
+    kept = [r for r in grid if stats.ttest_1samp(aligned - r * base, 0.0).pvalue > 0.05]
+    return kept[0], kept[-1]
 
 
 def test_ratio_interval_agrees_with_fiellers_theorem() -> None:
@@ -88,13 +122,7 @@ def test_ratio_interval_agrees_with_fiellers_theorem() -> None:
     aligned = 0.8 * base + rng.normal(0, 0.3, size=150)
     interval = ratio_interval(base.tolist(), aligned.tolist())
     assert interval is not None
-    assert interval.low is not None
-    assert interval.high is not None
-    # Fieller: all r for which mean(aligned - r base) = 0 is not rejected by a t test
-    grid = np.linspace(0.7, 0.9, 2001)
-    kept = [r for r in grid if stats.ttest_1samp(aligned - r * base, 0.0).pvalue > 0.05]
-    assert interval.low == pytest.approx(kept[0], abs=0.003)
-    assert interval.high == pytest.approx(kept[-1], abs=0.003)
+    assert (interval.low, interval.high) == pytest.approx(fieller(base, aligned), abs=0.003)
 
 
 def test_ratio_needs_a_positive_base() -> None:

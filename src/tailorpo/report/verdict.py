@@ -20,6 +20,10 @@ DIVERSITY_FLOOR = 0.85
 """Below this share of the base model's diversity the report warns (research notes, section E)."""
 
 
+SLIGHT = 0.1
+"""A change below this share of the spread among the base model's pictures of one prompt is called slight."""
+
+
 @dataclass(frozen=True)
 class Figure:
     """One of the large numbers below the headline."""
@@ -126,7 +130,9 @@ def _evaluated(evaluation: Mapping[str, Any]) -> Verdict:
     reward = everything.get("reward")
     held_out = bool(settings.get("judge_held_out"))
     judge = everything.get("judge") if held_out else None
-    tone, headline = _headline(state(reward), state(judge) if judge else None)
+    spreads = {key: metric.get("spread") for key, metric in evaluation["metrics"].items()}
+    slight = {key: _slight(everything.get(key), spreads.get(key)) for key in ("reward", "judge")}
+    tone, headline = _headline(state(reward), state(judge) if judge else None, slight=slight)
     verdict = Verdict(tone, headline)
     names = {key: str(metric["label"]) for key, metric in evaluation["metrics"].items()}
     if reward:
@@ -152,25 +158,34 @@ def _evaluated(evaluation: Mapping[str, Any]) -> Verdict:
     _diversity(verdict, everything, settings)
     prompts, seeds = groups["all"]["prompts"], settings["seeds"]
     verdict.sentences.append(
-        f"Brackets: {percent(settings['confidence'])} bootstrap intervals over {prompts} prompts with {seeds} "
-        f"{'seed' if seeds == 1 else 'seeds'} each; base and aligned start from the same noise."
+        f"Brackets: {percent(settings['confidence'])} intervals over {prompts} prompts with {seeds} "
+        f"{'seed' if seeds == 1 else 'seeds'} each; base and aligned draw from the same noise."
     )
     return verdict
 
 
-def _headline(reward: State, judge: State | None) -> tuple[Tone, str]:
+def _slight(row: Row | None, spread: float | None) -> bool:
+    """Whether a change is small beside the differences among the base model's pictures of one prompt."""
+    return row is not None and spread is not None and abs(row["difference"]) < SLIGHT * spread
+
+
+def _headline(reward: State, judge: State | None, *, slight: Mapping[str, bool]) -> tuple[Tone, str]:
+    rose, better = ("rose slightly", "slightly better") if slight["reward"] else ("rose", "better")
     if reward == "same":
         return "neutral", "Nothing changed: base and aligned draw the same pictures."
     if reward == "unknown":
         return "neutral", "One prompt is too few to tell."
     if reward == "up":
         if judge is None:
-            return "caution", "The trained reward rose; no independent judge was asked."
+            return "caution", f"The trained reward {rose}; no independent judge was asked."
         if judge == "up":
-            return "good", "The pictures got better, and a judge that training never saw agrees."
+            better = "slightly better" if slight["judge"] else better
+            return "good", f"The pictures got {better}, and a judge that training never saw agrees."
+        if judge == "down" and slight["judge"]:
+            return "caution", f"The trained reward {rose}; the held-out judge fell slightly."
         if judge == "down":
-            return "bad", "The trained reward rose, but the held-out judge finds the pictures worse."
-        return "caution", "The trained reward rose; the held-out judge sees no clear change."
+            return "bad", f"The trained reward {rose}, but the held-out judge finds the pictures worse."
+        return "caution", f"The trained reward {rose}; the held-out judge sees no clear change."
     if reward == "down":
         return "bad", "The trained reward fell."
     if judge == "down":
