@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from tailorpo.algorithms.tailorpo import Pair, Steps, TailorPO
 from tailorpo.guidance import SigmaGuidance, TargetGuidance
-from tailorpo.models import LoRA
+from tailorpo.models import LoRA, ModelConfig
 from tailorpo.noise import Noise
 from tailorpo.policy import Policy
 from tailorpo.rollout import Trajectories, rollout_chains, start_trajectories
+from tailorpo.samplers import DDIM
 
 MakePolicy = Callable[..., Policy]
 PROMPTS = ["a cat", "a dog", "a red horse"]
@@ -344,3 +346,20 @@ def test_memory_does_not_grow_with_the_number_of_steps(tiny_policy: MakePolicy) 
         del pair
         alive.append(numbers_alive())
     assert max(alive) <= 1.02 * alive[1]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_networks_train_a_float32_adapter(dtype: Any, tiny_folder: Path) -> None:
+    config = ModelConfig(path=str(tiny_folder), dtype=dtype, lora=LoRA(rank=2, targets="attention+conv"))
+    policy = Policy(config.load("cpu"), DDIM())
+    algorithm = TailorPO(train_steps=(2, 18), guidance=SigmaGuidance())
+    trajectories = start(policy)
+    assert trajectories.latents.dtype == torch.float32
+    for pair in algorithm.collect(policy, trajectories, trained=(2, 18), score=contrast, noise=Noise(0)):
+        losses = algorithm.loss(policy, pair)
+        assert losses.tolist() == pytest.approx([math.log(2)] * 2)
+        losses.sum().backward()
+    for value in gradients(policy).values():
+        assert value.dtype == torch.float32
+        assert value.isfinite().all()
+    assert max(float(value.abs().max()) for value in gradients(policy).values()) > 0
