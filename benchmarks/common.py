@@ -146,7 +146,7 @@ def observe(run: Run, folder: Path) -> Observed:
 def save(name: str, result: dict[str, Any]) -> None:
     """Write results/NAME.json with the kind of machine it was measured on."""
     RESULTS.mkdir(exist_ok=True)
-    machine = {**environment(), "cores": os.cpu_count() or 0}
+    machine = {**environment(), "cores": os.cpu_count() or 0, "load_average": round(os.getloadavg()[1], 1)}
     text = json.dumps({"benchmark": name, "machine": machine, **result}, indent=2)
     (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     print(f"written to benchmarks/results/{name}.json")
