@@ -79,8 +79,8 @@ class GaussianMixture:
         if time not in self._constants:
             abar = float(self._alphas_cumprod[time])
             marginal = abar * self.covariances + (1 - abar) * torch.eye(self.latent_shape[0])
-            precision = torch.linalg.inv(marginal)
-            gain = abar**0.5 * self.covariances @ precision
+            precision: Tensor = torch.inverse(marginal)
+            gain: Tensor = abar**0.5 * self.covariances @ precision
             self._constants[time] = (abar**0.5, gain, precision, torch.logdet(marginal) / 2)
         return self._constants[time]
 
