@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -64,6 +64,7 @@ def test_one_prompt_gives_no_interval() -> None:
     assert ratio_interval([2.0], [1.0]) == Interval(0.5, None, None)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=24))
 def test_ends_are_finite_and_in_order_for_any_data(values: list[float]) -> None:
     interval = mean_interval(values, resamples=99)
@@ -129,6 +130,7 @@ def test_ratio_needs_a_positive_base() -> None:
     assert ratio_interval([0.0, 0.0], [1.0, 2.0]) is None
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60), st.data())
 def test_win_rate_agrees_with_scipy(n: int, data: st.DataObject) -> None:
     wins = data.draw(st.integers(0, n))

@@ -29,7 +29,7 @@ from PIL import Image
 from tailorpo.environment import environment
 from tailorpo.files import atomic_write
 from tailorpo.progress import duration
-from tailorpo.report.charts import finite
+from tailorpo.report.charts import finite, short
 from tailorpo.report.training import history_charts, step_table, training_charts
 from tailorpo.report.verdict import change, digits_of, judge_run, number, percent, state
 
@@ -71,7 +71,7 @@ def render(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters.update(number=number, percent=percent, code=_code)
+    pages.filters.update(number=number, percent=percent, code=_code, short=_short)
     notes: list[str] = []
     settings = _settings(folder / "run.yaml", notes)
     evaluation = _evaluation(folder / "eval.json", notes)
@@ -104,6 +104,10 @@ def _code(text: str) -> Markup:
     return Markup("").join(
         Markup("<code>{}</code>").format(part) if odd % 2 else part for odd, part in enumerate(parts)
     )
+
+
+def _short(value: float | None) -> str:
+    return number(None) if value is None else short(value)
 
 
 def _source(name: str) -> str:

@@ -93,7 +93,7 @@ def line_chart(
     if rule and (always_rule or low - 0.5 * (high - low) <= rule[0] <= high + 0.5 * (high - low)):
         low, high = min(low, rule[0]), max(high, rule[0])
     y_values = nice_ticks(low, high)
-    low, high = min(low, y_values[0]), max(high, y_values[-1])
+    low, high = y_values[0], y_values[-1]
     x_values = [value for value in nice_ticks(updates[0], updates[-1], count=5) if value == int(value)]
     window = _window(len(rows)) if smooth else 1
 
@@ -163,7 +163,7 @@ def moving_average(values: Sequence[float | None], window: int) -> list[float | 
 
 def nice_ticks(low: float, high: float, *, count: int = 4) -> list[float]:
     """About `count` round numbers covering [low, high]; the outer ones may lie beyond it."""
-    if not high > low:
+    if not high - low > 1e-5 * max(abs(low), abs(high)):  # equal but for rounding
         pad = abs(low) * 0.1 or 1.0
         low, high = low - pad, high + pad
     raw = (high - low) / count
@@ -177,11 +177,11 @@ def tick_text(value: float, ticks: Sequence[float]) -> str:
     """A tick with as many decimals as its neighbours need, thousands as k and millions as M."""
     largest = max(abs(tick) for tick in ticks)
     scale, suffix = (1e6, "M") if largest >= 1e6 else (1e3, "k") if largest >= 1e4 else (1.0, "")
-    for digits in range(6):
-        rounded = [round(tick / scale, digits) * scale for tick in ticks]
-        if all(math.isclose(*pair, rel_tol=1e-6, abs_tol=1e-12) for pair in zip(rounded, ticks, strict=True)):
+    slack = 1e-3 * (ticks[1] - ticks[0])
+    for digits in range(5):
+        if all(math.isclose(round(tick / scale, digits) * scale, tick, rel_tol=0, abs_tol=slack) for tick in ticks):
             return f"{value / scale:.{digits}f}{suffix if value else ''}".replace("-", "\u2212")
-    return f"{value:.1e}".replace("-", "\u2212")
+    return f"{value:.2e}".replace("-", "\u2212")
 
 
 def _window(count: int) -> int:

@@ -249,12 +249,14 @@ def _diversity(verdict: Verdict, metrics: Mapping[str, Row | None], settings: Ma
     ratio, low, high = row["ratio"], row.get("ratio_low"), row.get("ratio_high")
     interval = f"[{percent(low)}, {percent(high)}]" if low is not None and high is not None else ""
     lost = ratio < DIVERSITY_FLOOR
+    embedding = settings["embedding"]
+    place = "on reduced pixels" if embedding == "pixels" else f"in the features of {embedding}"
     verdict.figures.append(
         Figure("Diversity", percent(ratio), interval, "of the base model's", "caution" if lost else "neutral")
     )
     verdict.sentences.append(
         f"Pictures of one prompt differ {percent(ratio)} {interval} as much as the base model's "
-        f"(in the features of {settings['embedding']})" + (": variety was lost, look at the pictures." if lost else ".")
+        f"({place})" + (": variety was lost, look at the pictures." if lost else ".")
     )
     if lost and verdict.tone == "good":
         verdict.tone, verdict.headline = "caution", "The pictures got better by both measures, but vary less."
