@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from tailorpo.errors import RewardError
-from tailorpo.rewards import Aesthetic, ClipPreference, EmojiJudge, Scorer
+from tailorpo.rewards import Aesthetic, ClipPreference, EmojiJudge, EmojiPreference, Scorer
 from tailorpo.rewards.clip_folder import ClipPreprocess
 from tailorpo.rewards.clip_preference import ClipScorer
 
@@ -174,6 +174,18 @@ def test_features_and_the_threshold_of_good_pictures(folder: Path, reward: ClipS
     (copy / "quality.json").write_text('{"threshold": "high"}')
     with pytest.raises(RewardError, match="is no number"):
         ClipScorer.from_folder(copy, name="x", device="cpu", hint="")
+
+
+@pytest.mark.parametrize("config", [EmojiPreference(), EmojiJudge()], ids=lambda config: config.name)
+def test_bundled_rewards_are_ready_to_use(config: EmojiPreference | EmojiJudge) -> None:
+    reward = config.load("cpu")
+    images, prompts = pictures(2, 64).requires_grad_(), ["a cat", "a red apple on a blue background"]
+    scores = reward(images, prompts)
+    (gradient,) = torch.autograd.grad(scores.sum(), images)
+    assert gradient.isfinite().all()
+    assert (gradient.flatten(1).norm(dim=1) > 0).all()
+    assert (scores != reward(images, prompts[::-1])).all()
+    assert all(weight.dtype == torch.float32 and not weight.requires_grad for weight in reward.model.parameters())
 
 
 def test_bundled_rewards_say_where_they_come_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
