@@ -183,6 +183,15 @@ def test_lost_pictures_are_said_to_be_lost(tmp_path: Path) -> None:
     )  # the first is also at the top
 
 
+def test_measures_without_a_number_are_left_out(tmp_path: Path) -> None:
+    folder = fabricate(tmp_path, updates=1, seeds=1, pairs=False)
+    evaluation = json.loads((folder / "eval.json").read_text())
+    for group in evaluation["groups"].values():
+        group["metrics"]["vendi"] = None  # one picture has no diversity
+    (folder / "eval.json").write_text(json.dumps(evaluation))
+    assert "Vendi" not in write_report(RunDirectory(folder)).read_text()
+
+
 def test_an_interrupted_run_and_a_stale_evaluation_are_named(tmp_path: Path) -> None:
     folder = fabricate(tmp_path, updates=20, target=60, pairs=False, seeds=1)
     evaluation = json.loads((folder / "eval.json").read_text())

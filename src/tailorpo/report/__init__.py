@@ -206,6 +206,8 @@ def _table(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
         if len(groups) == 2:  # seen or unseen alone: "all" would repeat it
             found.pop("all")
         rows = {group: row for group, row in found.items() if row}
+        if not rows:  # such as diversity with one seed
+            continue
         ends = [abs(row[key]) for row in rows.values() for key in ("low", "high", "difference") if row[key] is not None]
         reach = max(ends, default=0.0) or 1.0
         judged, share = metric["role"] in JUDGED, metric["unit"] == "share"
