@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
@@ -166,6 +165,8 @@ class StableDiffusion:
         return {name: parameter for name, parameter in self.unet.named_parameters() if parameter.requires_grad}
 
     def save_lora(self, folder: Path) -> None:
+        with _quiet():  # importing a pipeline warns of torchvision, which is not needed
+            from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
         # diffusers reads a LoRA without alpha as alpha = rank, so the scale goes into the "up" matrices.
         state: dict[str, nn.Module | Tensor] = {**self._scaled_state()}
         StableDiffusionPipeline.save_lora_weights(str(folder), unet_lora_layers=state, safe_serialization=True)
