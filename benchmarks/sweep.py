@@ -29,29 +29,30 @@ from tailorpo.rundir import RunDirectory
 from tailorpo.train import train
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "emoji_tailorpo_g.yaml"
-FORWARDS = 11_200
-"""Network evaluations of every variant: 40 updates of TailorPO-G with 8 trajectories."""
+FORWARDS = 5_600
+"""Network evaluations of every variant: 20 updates of TailorPO-G with 8 trajectories."""
 MEASURE = ("eval.seeds=2", "eval.prompts_unseen=null")
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "recipe": (),
     "TailorPO (no guidance)": ("algorithm.guidance=null",),
-    "guidance k 0.5": ("algorithm.guidance.k=0.5",),
-    "guidance k 2": ("algorithm.guidance.k=2.0",),
+    "guidance k 1": ("algorithm.guidance.k=1.0",),
+    "guidance k 4": ("algorithm.guidance.k=4.0",),
     "Jacobian-free": ("algorithm.guidance.jacobian=free",),
     "accept or reject": ("algorithm.guidance.accept_reject=true",),
     "Eq. 14, delta 0.5, cosine": ("algorithm.guidance={form: target, delta: 0.5}",),
     "lr 3e-4": ("optimizer.lr=3e-4",),
     "lr 3e-3": ("optimizer.lr=3e-3",),
-    "beta 0.02": ("algorithm.beta=0.02",),
-    "beta 0.5": ("algorithm.beta=0.5",),
-    "soft labels": ("algorithm.labels=soft", "algorithm.tau=0.5"),
+    "beta 0.05": ("algorithm.beta=0.05",),
+    "beta 1": ("algorithm.beta=1.0",),
+    "soft labels": ("algorithm.labels=soft", "algorithm.tau=0.2"),
     "uniform step weights": ("algorithm.step_weights=uniform",),
-    "early steps": ("algorithm.train_steps={first: 0, last: 9, count: 5}", "algorithm.offset=centred"),
-    "late steps": ("algorithm.train_steps={first: 10, last: 18, count: 5}", "algorithm.offset=centred"),
+    "early steps": ("algorithm.train_steps={first: 0, last: 8, count: 5}",),
+    "late steps": ("algorithm.train_steps={first: 10, last: 18, count: 5}",),
+    "all steps, random offset": ("algorithm.train_steps=5", "algorithm.offset=random"),
     "continue from random": ("algorithm.continue_from=random",),
-    "guidance scale 1": ("sampler.guidance_scale=1.0",),
-    "guidance scale 3": ("sampler.guidance_scale=3.0",),
+    "guidance scale 1.5": ("sampler.guidance_scale=1.5",),
+    "guidance scale 5": ("sampler.guidance_scale=5.0",),
     "attention only": ("model.lora.targets=attention",),
     "rank 4": ("model.lora.rank=4",),
     "rank 16": ("model.lora.rank=16",),
