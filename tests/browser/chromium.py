@@ -22,7 +22,7 @@ FLAGS = (
     "--disable-component-update --disable-sync --disable-extensions --disable-dev-shm-usage --hide-scrollbars "
     "--remote-debugging-pipe"
 ).split()
-TIMEOUT = 60.0
+TIMEOUT = 120.0
 
 
 class Chromium:
