@@ -10,7 +10,7 @@ from miniature.vae import polish_decoder, train_vae
 
 
 def main() -> None:
-    """All stages in order; about three hours on one core (set OMP_NUM_THREADS=1 where other work shares the machine)."""
+    """All stages in order: about three hours on one core (set OMP_NUM_THREADS=1 on a busy machine)."""
     train_vae()
     train_diffusion()
     polish_decoder()

@@ -36,7 +36,7 @@ from miniature.vae import load_vae, pictures, psnr
 RESULTS = Path(__file__).parent / "results.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "img" / "miniature.webp"
 GUIDANCE = 2.0
-SCALES = (1.5, 2.0, 3.0, 5.0)
+SCALES = (1.5, 2.0, 5.0)
 
 
 def interval(right: int, n: int) -> list[float]:
@@ -102,7 +102,7 @@ def reward_accuracy(model: CLIPModel) -> dict[str, object]:
     """Held-out accuracy of one reward: captions of real pictures, and pairs of one caption by source."""
     glyphs, rng = load_glyphs(), np.random.default_rng(78)
     _, oracle = pools("final")
-    views = [sample_view(rng, random_glyph(rng, glyphs), colour=0.0) for _ in range(3000)]
+    views = [sample_view(rng, random_glyph(rng, glyphs), colour=0.0) for _ in range(1500)]
     real = np.stack([draw(v, glyphs) for v in views])
     concept = np.array([glyphs.concept[v.glyph] for v in views])
     table = score_table(model, real)
@@ -114,8 +114,8 @@ def reward_accuracy(model: CLIPModel) -> dict[str, object]:
         "pairs_real": pair_accuracy(table, concept, np.array([utility(v) for v in views])),
     }
     for name, pool in {
-        "pairs_constructed": constructed_pool("final", n=3000, seed=90),
-        "pairs_base_samples": sampled_pool("final", oracle, n=512, seed=91),
+        "pairs_constructed": constructed_pool("final", n=1500, seed=90),
+        "pairs_base_samples": sampled_pool("final", oracle, n=192, seed=91),
     }.items():
         plain = pool.background == 0
         found[name] = pair_accuracy(score_table(model, pool.pictures[plain]), pool.concept[plain], pool.utility[plain])
@@ -145,13 +145,13 @@ def sibling_gaps(
 ) -> dict[str, dict[str, float]]:
     """Whether the reward of the predicted clean picture ranks two candidates of one step as their futures will.
 
-    The true gap is the mean over four continuations that both candidates share the noise of; its own noise limits the
+    The true gap is the mean over three continuations that both candidates share the noise of; its own noise limits the
     correlation that could be seen.
     """
     vae, rng = load_vae(polished=True), torch.Generator().manual_seed(31)
     names = [c.prompt for c in CONCEPTS if c.group == "animal"]
-    prompts = [names[i] for i in torch.randperm(len(names), generator=rng)[:24]]
-    ids, found, futures = tokens(make_tokenizer(), prompts), {}, 4
+    prompts = [names[i] for i in torch.randperm(len(names), generator=rng)[:16]]
+    ids, found, futures = tokens(make_tokenizer(), prompts), {}, 3
     chain = sample(model, prompts, seed=500, guidance=guidance)
     alphas, n = make_scheduler().alphas_cumprod, len(prompts)
 
@@ -260,22 +260,20 @@ def measure_good() -> dict[str, float]:
 
 
 def measure_base(model: Denoiser) -> dict[str, object]:
-    """The base model at every guidance scale, with more samples at the one the recipes use."""
+    """The base model at every guidance scale."""
     judge, preference = load_reward(JUDGE.name), load_reward(PREFERENCE.name)
     good = json.loads((ASSETS / JUDGE.name / "quality.json").read_text(encoding="utf-8"))["threshold"]
-    return {
-        str(g): base_quality(model, judge, preference, good, guidance=g, each=4 if g == GUIDANCE else 2) for g in SCALES
-    }
+    return {str(g): base_quality(model, judge, preference, good, guidance=g, each=2) for g in SCALES}
 
 
 def measure_siblings(model: Denoiser) -> dict[str, object]:
     """The step reward's ranking at every guidance scale."""
     preference = load_reward(PREFERENCE.name)
-    return {str(g): sibling_gaps(model, preference, guidance=g, steps=(0, 4, 8, 13, 18)) for g in SCALES}
+    return {str(g): sibling_gaps(model, preference, guidance=g, steps=(0, 4, 8, 14)) for g in SCALES}
 
 
 def evaluate(*parts: str) -> None:
-    """Measures the named parts, or all of them, and merges them into the results; about 15 minutes on one core."""
+    """Measures the named parts, or all of them, and merges them into the results; about ten minutes on one core."""
     model, glyphs = load_denoiser(), load_glyphs()
     measures: dict[str, Callable[[], object]] = {
         "psnr_clean": lambda: measure_psnr(glyphs, clean=1.0),

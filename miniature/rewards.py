@@ -39,7 +39,7 @@ from miniature.vae import load_vae
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 FLIPPED = 0.1
 ADAM_LR, LR = 1.5e-3, 2e-3
-STAGES = ("early", "final", "longer")
+STAGES = ("early", "final")
 MODELS = {"early": "diffusion_early", "final": "diffusion"}
 """The base model that a stage's pictures come from."""
 
@@ -74,7 +74,7 @@ JUDGE = Recipe(
     width=160,
     layers=3,
     patch=16,
-    steps={"early": 700, "final": 900, "longer": 1600},
+    steps={"early": 700, "final": 900},
     parity=1,
     jitter=0.08,
 )
