@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from tiny import save_tiny_model
@@ -15,6 +16,10 @@ from tailorpo.policy import Policy
 from tailorpo.samplers import DDIM
 
 torch.set_num_threads(1)
+
+# The same examples every time, and no verdict on speed: a failure is a change, not bad luck on a busy machine.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

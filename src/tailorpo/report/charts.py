@@ -181,7 +181,8 @@ def tick_text(value: float, ticks: Sequence[float]) -> str:
     for digits in range(5):
         if all(math.isclose(round(tick / scale, digits) * scale, tick, rel_tol=0, abs_tol=slack) for tick in ticks):
             return f"{value / scale:.{digits}f}{suffix if value else ''}".replace("-", "\u2212")
-    return f"{value:.2e}".replace("-", "\u2212")
+    apart = (digits for digits in range(2, 12) if len({f"{tick:.{digits}e}" for tick in ticks}) == len(ticks))
+    return f"{value:.{next(apart, 12)}e}".replace("-", "\u2212")
 
 
 def _window(count: int) -> int:
