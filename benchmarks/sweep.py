@@ -49,6 +49,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "uniform step weights": ("algorithm.step_weights=uniform",),
     "early steps": ("algorithm.train_steps={first: 0, last: 8, count: 5}",),
     "late steps": ("algorithm.train_steps={first: 10, last: 18, count: 5}",),
+    "steps 7 to 17": ("algorithm.train_steps={first: 7, last: 17, count: 5}",),
     "all steps, random offset": ("algorithm.train_steps=5", "algorithm.offset=random"),
     "continue from random": ("algorithm.continue_from=random",),
     "guidance scale 1.5": ("sampler.guidance_scale=1.5",),
