@@ -2,8 +2,9 @@
 
     python benchmarks/sweep.py [VARIANT ...]
 
-Each variant is the recipe with some settings overridden, trained with the SAME number of network evaluations and
-measured on the same prompts and noises: the trained reward, the held-out judge, diversity and KL. A finished variant is
+Each variant is the recipe with some settings overridden, trained with the SAME number of network evaluations from two
+seeds that the demo does not use, and measured on the prompts it trains on with noises that the demo's evaluation does
+not use: the trained reward, diversity and KL. The judge takes no part, so that it stays a judge. A finished run is
 skipped, so the sweep can be stopped and continued. Writes benchmarks/results/sweep.json and sweep.md.
 
 The measurements that guidance scale and trained steps rest on (where the step reward ranks siblings) are made by
@@ -16,6 +17,7 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -31,7 +33,8 @@ from tailorpo.train import train
 RECIPE = Path(__file__).parents[1] / "recipes" / "emoji_tailorpo_g.yaml"
 FORWARDS = 5_600
 """Network evaluations of every variant: 20 updates of TailorPO-G with 8 trajectories."""
-MEASURE = ("eval.seeds=2", "eval.prompts_unseen=null")
+SEEDS = (101, 102)
+MEASURE = ("eval.seeds=2", "eval.prompts_unseen=null", "eval.judge=null")
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "recipe": (),
@@ -47,6 +50,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "beta 1": ("algorithm.beta=1.0",),
     "soft labels": ("algorithm.labels=soft", "algorithm.tau=0.2"),
     "uniform step weights": ("algorithm.step_weights=uniform",),
+    "steps 7 to 17, k 4": ("algorithm.train_steps={first: 7, last: 17, count: 5}", "algorithm.guidance.k=4.0"),
     "early steps": ("algorithm.train_steps={first: 0, last: 8, count: 5}",),
     "late steps": ("algorithm.train_steps={first: 10, last: 18, count: 5}",),
     "steps 7 to 17": ("algorithm.train_steps={first: 7, last: 17, count: 5}",),
@@ -60,71 +64,70 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def measure(overrides: tuple[str, ...]) -> dict[str, Any]:
-    """Train and evaluate one variant."""
-    plan = Run.load(RECIPE, [*overrides, *MEASURE])
+def measure(overrides: tuple[str, ...], seed: int) -> dict[str, Any]:
+    """Train and evaluate one variant from one seed."""
+    settings = [*overrides, *MEASURE, f"seed={seed}"]
+    plan = Run.load(RECIPE, settings)
     algorithm, steps = plan.algorithm, plan.sampler.steps
     cost = algorithm.cost(steps, algorithm.trained_steps(steps, noise=Noise(plan.seed), update=0))
     updates = max(1, round(FORWARDS / (cost.forwards * plan.batch.trajectories)))
-    run = Run.load(RECIPE, [*overrides, *MEASURE, f"updates={updates}", f"checkpoint_every={updates}"])
+    run = Run.load(RECIPE, [*settings, f"updates={updates}", f"checkpoint_every={updates}"])
     with tempfile.TemporaryDirectory() as folder:
         directory = RunDirectory.create(Path(folder) / "run", run)
         model = train(run, directory, reporter=Silent())
         result = evaluate(run, directory, model, reporter=Silent())["groups"]["seen"]["metrics"]
-        last = directory.metrics()[-1]
         every = directory.metrics()
     return {
-        "overrides": list(overrides),
         "updates": updates,
-        "forwards": last["forwards"],
+        "forwards": every[-1]["forwards"],
         "seconds": round(sum(row["seconds"] for row in every), 1),
-        "kl": last["kl"],
+        "kl": every[-1]["kl"],
         "metrics": {
-            name: {key: value[key] for key in ("base", "aligned", "difference", "low", "high")}
-            for name, value in result.items()
-            if value is not None
+            name: {key: result[name][key] for key in ("base", "aligned", "difference", "low", "high")}
+            for name in ("reward", "distance")
         },
     }
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
+    """The results as Markdown, best mean gain first; the last columns are means over the seeds."""
+    head = " | ".join(f"reward, seed {seed}" for seed in SEEDS)
     lines = [
-        "| variant | F | trained reward | held-out judge | good pictures, base to aligned | diversity | KL, nats |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| variant | F | {head} | mean gain | diversity kept | KL, nats |",
+        "| --- | --- |" + " --- |" * (len(SEEDS) + 3),
     ]
-    for name, row in results.items():
-        metrics = row["metrics"]
-
-        def change(metric: str, metrics: Any = metrics) -> str:
-            value = metrics[metric]
-            return f"{value['difference']:+.2f} [{value['low']:+.2f}, {value['high']:+.2f}]"
-
-        good = metrics["good"]
-        diversity = metrics["distance"]["aligned"] / metrics["distance"]["base"]
-        lines.append(
-            f"| {name} | {row['forwards']} | {change('reward')} | {change('judge')} |"
-            f" {100 * good['base']:.0f} to {100 * good['aligned']:.0f} % | {100 * diversity:.0f} % | {row['kl']:.1f} |"
-        )
-    return "\n".join(lines) + "\n"
+    rows: list[tuple[float, str]] = []
+    for name, variant in results.items():
+        runs = [variant["seeds"][str(seed)] for seed in SEEDS if str(seed) in variant["seeds"]]
+        gains = [run["metrics"]["reward"] for run in runs]
+        cells = [f"{g['difference']:+.2f} [{g['low']:+.2f}, {g['high']:+.2f}]" for g in gains]
+        cells += ["not run"] * (len(SEEDS) - len(runs))
+        mean = fmean(g["difference"] for g in gains)
+        kept = fmean(run["metrics"]["distance"]["aligned"] / run["metrics"]["distance"]["base"] for run in runs)
+        kl = fmean(run["kl"] for run in runs)
+        line = f"| {name} | {runs[0]['forwards']} | {' | '.join(cells)} | {mean:+.2f} | {100 * kept:.0f} % | {kl:.1f} |"
+        rows.append((mean, line))
+    return "\n".join([*lines, *(line for _, line in sorted(rows, reverse=True))]) + "\n"
 
 
 def main() -> None:
-    """Run the named variants, or all, that have no result yet."""
+    """Run the named variants, or all, from every seed that has no result yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="*", help=f"of: {', '.join(VARIANTS)}")
     wanted = parser.parse_args().variants or list(VARIANTS)
     torch.set_num_threads(1)
     path = RESULTS / "sweep.json"
     saved: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"variants": {}}
-    for name in wanted:
-        if name in saved["variants"]:
-            continue
-        saved["variants"][name] = measure(VARIANTS[name])
-        saved["environment"] = environment("cpu")
-        path.write_text(json.dumps(saved, indent=1) + "\n")
-        (RESULTS / "sweep.md").write_text(table(saved["variants"]))
-        print(f"{name}: {json.dumps(saved['variants'][name]['metrics'])}", flush=True)
+    for seed in SEEDS:
+        for name in wanted:
+            variant = saved["variants"].setdefault(name, {"overrides": list(VARIANTS[name]), "seeds": {}})
+            if str(seed) in variant["seeds"]:
+                continue
+            variant["seeds"][str(seed)] = measure(VARIANTS[name], seed)
+            saved["environment"] = environment("cpu")
+            path.write_text(json.dumps(saved, indent=1) + "\n")
+            (RESULTS / "sweep.md").write_text(table({k: v for k, v in saved["variants"].items() if v["seeds"]}))
+            print(f"{name}, seed {seed}: {json.dumps(variant['seeds'][str(seed)])}", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ def main() -> None:
     write_prompts()
     export()
     for recipe in (PREFERENCE, JUDGE):
-        for stage in recipe.steps:
-            train_rewards(recipe, stage)
+        train_rewards(recipe)
     evaluate()
 
 

@@ -19,8 +19,8 @@ import resvg_py
 from PIL import Image, ImageFilter
 
 from miniature.concepts import BACKGROUNDS, CONCEPTS, STYLES
+from miniature.place import CACHE
 
-CACHE = Path(__file__).parent / ".cache"
 PACKAGES = {"noto": "1.2.9", "fluent-emoji": "1.2.7", "twemoji": "1.2.5"}
 """npm versions of `@iconify-json/<name>`."""
 GLYPH = 128

@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from miniature.data import CACHE, View, caption, draw, load_glyphs, random_glyph, sample_view
+from miniature.data import View, caption, draw, load_glyphs, random_glyph, sample_view
 from miniature.muon import Muon
+from miniature.place import ASSETS, CACHE, length
 from miniature.tokenizer import LENGTH, make_tokenizer
 from miniature.training import Average, cosine, load, save, set_lr
 from miniature.vae import CHANNELS, load_vae
 
-ASSETS = Path(__file__).parents[1] / "src" / "tailorpo" / "assets"
 WIDTH = 128
-VIEWS = 49_152
-SHARD = 4096
-STEPS = 7_400
-EARLY = 4_000
+VIEWS = length(49_152, quick=2048)
+SHARD = min(4096, VIEWS)
+STEPS = length(7_400)
+EARLY = length(4_000)
 """The step whose half-trained model is kept: the reward models learn from its failures too."""
 BATCH = 64
 LR = 2e-3
@@ -227,6 +227,15 @@ def load_denoiser(name: str = "diffusion") -> Denoiser:
     average.values = state["average"]
     average.copy_to(model)
     return model.eval().requires_grad_(False)
+
+
+def load_exported() -> tuple[AutoencoderKL, Denoiser]:
+    """The autoencoder and the denoiser as they ship, in fp32."""
+    folder, model = ASSETS / "emoji", Denoiser(make_tokenizer())
+    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    model.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    model.unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
+    return vae.eval().requires_grad_(False), model.eval().requires_grad_(False)
 
 
 def export(name: str = "diffusion") -> None:

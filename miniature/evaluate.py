@@ -17,26 +17,27 @@ from transformers import CLIPModel
 
 from miniature.concepts import CONCEPTS, STYLES
 from miniature.data import DAMAGES, SIZE, Glyphs, draw, load_glyphs, random_glyph, sample_view
-from miniature.diffusion import ASSETS, Denoiser, load_denoiser, make_scheduler, tokens
+from miniature.diffusion import Denoiser, load_exported, make_scheduler, tokens
+from miniature.place import ASSETS, PICTURE, RESULTS, length
+from miniature.pools import Oracle, Source, as_images, decode, utility
 from miniature.rewards import (
     JUDGE,
     PREFERENCE,
-    as_images,
-    constructed_pool,
-    decode,
-    pools,
-    sampled_pool,
     scores,
-    utility,
 )
 from miniature.sampling import sample
 from miniature.tokenizer import make_tokenizer
-from miniature.vae import load_vae, pictures, psnr
+from miniature.vae import pictures, psnr
 
-RESULTS = Path(__file__).parent / "results.json"
-PICTURE = Path(__file__).parents[1] / "docs" / "img" / "miniature.webp"
 GUIDANCE = 2.0
 SCALES = (1.5, 2.0, 5.0)
+REFEREE = Source(stage="final", seed=4)
+"""Makes the oracle that neither reward model learnt from."""
+
+
+def referee() -> Oracle:
+    """The oracle that says what base samples show and how good they are."""
+    return REFEREE.oracle(length(4000))
 
 
 def interval(right: int, n: int) -> list[float]:
@@ -66,7 +67,7 @@ def score_table(model: CLIPModel, shown: np.ndarray) -> Tensor:
 
 def plain_samples(model: Denoiser, *, guidance: float, each: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Samples of every concept's plain prompt, and their concepts."""
-    vae, shown = load_vae(polished=True), []
+    vae, shown = load_exported()[0], []
     concept = np.repeat(np.arange(len(CONCEPTS)), each)
     for number, part in enumerate(np.array_split(concept, len(concept) // 64)):
         chain = sample(model, [CONCEPTS[c].prompt for c in part], seed=seed + number, guidance=guidance)
@@ -101,7 +102,6 @@ def threshold(judge: CLIPModel) -> dict[str, float]:
 def reward_accuracy(model: CLIPModel) -> dict[str, object]:
     """Held-out accuracy of one reward: captions of real pictures, and pairs of one caption by source."""
     glyphs, rng = load_glyphs(), np.random.default_rng(78)
-    _, oracle = pools("final")
     views = [sample_view(rng, random_glyph(rng, glyphs), colour=0.0) for _ in range(1500)]
     real = np.stack([draw(v, glyphs) for v in views])
     concept = np.array([glyphs.concept[v.glyph] for v in views])
@@ -114,8 +114,8 @@ def reward_accuracy(model: CLIPModel) -> dict[str, object]:
         "pairs_real": pair_accuracy(table, concept, np.array([utility(v) for v in views])),
     }
     for name, pool in {
-        "pairs_constructed": constructed_pool("final", n=1500, seed=90),
-        "pairs_base_samples": sampled_pool("final", oracle, n=192, seed=91),
+        "pairs_constructed": Source(stage="final", seed=90).constructed(length(1500, quick=300)),
+        "pairs_base_samples": Source(stage="final", seed=91).sampled(referee(), length(192, quick=64)),
     }.items():
         plain = pool.background == 0
         found[name] = pair_accuracy(score_table(model, pool.pictures[plain]), pool.concept[plain], pool.utility[plain])
@@ -141,16 +141,15 @@ def pair_accuracy(table: Tensor, concept: np.ndarray, worth: np.ndarray) -> dict
 
 @torch.no_grad()
 def sibling_gaps(
-    model: Denoiser, reward: CLIPModel, *, guidance: float, steps: tuple[int, ...]
-) -> dict[str, dict[str, float]]:
+    model: Denoiser, reward: CLIPModel, *, guidance: float, steps: tuple[int, ...], each: int
+) -> dict[str, dict[str, float | int | list[float]]]:
     """Whether the reward of the predicted clean picture ranks two candidates of one step as their futures will.
 
-    The true gap is the mean over three continuations that both candidates share the noise of; its own noise limits the
-    correlation that could be seen.
+    One pair a step in each of `each` chains of every animal. The true gap is the mean over three continuations that
+    both candidates share the noise of; its own noise limits the correlation that could be seen.
     """
-    vae, rng = load_vae(polished=True), torch.Generator().manual_seed(31)
-    names = [c.prompt for c in CONCEPTS if c.group == "animal"]
-    prompts = [names[i] for i in torch.randperm(len(names), generator=rng)[:16]]
+    vae, rng = load_exported()[0], torch.Generator().manual_seed(31)
+    prompts = [c.prompt for c in CONCEPTS if c.group == "animal"] * each
     ids, found, futures = tokens(make_tokenizer(), prompts), {}, 3
     chain = sample(model, prompts, seed=500, guidance=guidance)
     alphas, n = make_scheduler().alphas_cumprod, len(prompts)
@@ -174,14 +173,19 @@ def sibling_gaps(
             guessed.append(value(runs[0].clean[0]))
             ends.append(torch.stack([value(run.latents) for run in runs]))
         gap, true = guessed[0] - guessed[1], ends[0] - ends[1]
-        found[str(t)] = {
-            "correlation": round(float(torch.corrcoef(torch.stack([gap, true.mean(0)]))[0, 1]), 3),
-            "sign_agreement": round(float((gap.sign() == true.mean(0).sign()).float().mean()), 3),
+        r = float(torch.corrcoef(torch.stack([gap, true.mean(0)]))[0, 1])
+        reach = 1.96 / math.sqrt(n - 3)  # Fisher's transformation
+        found[str(k)] = {
+            "time": t,
+            "correlation": round(r, 3),
+            "interval_95": [round(math.tanh(math.atanh(r) + sign * reach), 3) for sign in (-1, 1)],
+            "ranked_right": share(gap.sign() == true.mean(0).sign()),
             "std_of_guessed_gap": round(float(gap.std()), 4),
             "std_of_true_gap": round(float(true.mean(0).std()), 4),
-            "noise_of_true_gap": round(float(true.std(0).mean() / futures**0.5), 4),
+            "noise_of_true_gap": round(float(true.var(0).mean().sqrt() / futures**0.5), 4),
             "n": n,
         }
+        print(f"siblings, guidance {guidance}, step {k}: {found[str(k)]}", flush=True)
     return found
 
 
@@ -208,7 +212,7 @@ def grid_prompts() -> list[str]:
 def speed(model: Denoiser) -> dict[str, float]:
     """Seconds for eight pictures of 20 guided steps and their decoding, on one thread."""
     torch.set_num_threads(1)
-    vae, seconds = load_vae(polished=True), []
+    vae, seconds = load_exported()[0], []
     for seed in range(4):
         clock = time.perf_counter()
         chain = sample(model, ["a cat"] * 8, seed=seed, guidance=GUIDANCE)
@@ -228,7 +232,8 @@ def base_quality(
     index, truth = torch.arange(len(concept)), torch.from_numpy(concept)
     table, own = score_table(judge, shown), score_table(preference, shown)[index, truth]
     right, fine = table.argmax(1) == truth, table[index, truth] >= good
-    named = torch.cat([pools("final")[1](part)[0] for part in as_images(shown).split(256)]).argmax(1) == truth
+    oracle = referee()
+    named = torch.cat([oracle(part)[0] for part in as_images(shown).split(256)]).argmax(1) == truth
     animals = torch.tensor(["animal" in CONCEPTS[c].group for c in concept])
     return {
         "judge_top1": share(right),
@@ -247,7 +252,7 @@ def draw_grid(model: Denoiser) -> list[str]:
     """Draws the documentation's picture; returns its prompts in reading order."""
     prompts = grid_prompts()
     chain = sample(model, [p for p in prompts for _ in range(4)], seed=66, guidance=GUIDANCE)
-    shown = decode(load_vae(polished=True), chain.latents).reshape(len(prompts), 4, SIZE, SIZE, 3)
+    shown = decode(load_exported()[0], chain.latents).reshape(len(prompts), 4, SIZE, SIZE, 3)
     grid(list(shown), PICTURE, columns=6)
     return prompts
 
@@ -269,12 +274,18 @@ def measure_base(model: Denoiser) -> dict[str, object]:
 def measure_siblings(model: Denoiser) -> dict[str, object]:
     """The step reward's ranking at every guidance scale."""
     preference = load_reward(PREFERENCE.name)
-    return {str(g): sibling_gaps(model, preference, guidance=g, steps=(0, 4, 8, 14)) for g in SCALES}
+    gaps = {
+        str(g): sibling_gaps(model, preference, guidance=g, steps=(0, 4, 8, 14), each=1)
+        for g in SCALES
+        if g != GUIDANCE
+    }
+    every = tuple(range(length(19, quick=2)))
+    return gaps | {str(GUIDANCE): sibling_gaps(model, preference, guidance=GUIDANCE, steps=every, each=2)}
 
 
 def evaluate(*parts: str) -> None:
     """Measures the named parts, or all of them, and merges them into the results; about ten minutes on one core."""
-    model, glyphs = load_denoiser(), load_glyphs()
+    model, glyphs = load_exported()[1], load_glyphs()
     measures: dict[str, Callable[[], object]] = {
         "psnr_clean": lambda: measure_psnr(glyphs, clean=1.0),
         "psnr_all": lambda: measure_psnr(glyphs, clean=0.0),
@@ -295,7 +306,7 @@ def evaluate(*parts: str) -> None:
 
 def measure_psnr(glyphs: Glyphs, *, clean: float) -> float:
     """The autoencoder's PSNR on renders it was not trained on, all or none of them surely clean."""
-    return round(psnr(load_vae(polished=True), pictures(np.random.default_rng(99), glyphs, 512, clean=clean)), 2)
+    return round(psnr(load_exported()[0], pictures(np.random.default_rng(99), glyphs, 512, clean=clean)), 2)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from miniature.concepts import CONCEPTS
-from miniature.diffusion import ASSETS
+from miniature.place import ASSETS
 
 LISTS = {
     "animals": ("animal",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -10,22 +11,19 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
 from miniature.concepts import BACKGROUNDS, CONCEPTS
-from miniature.data import CACHE
 
+PATH = Path(__file__).with_suffix(".json")
 LENGTH = 16
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """The tokenizer, trained once and then read from the cache.
+    """The tokenizer, read from `tokenizer.json` beside this file, which `python -m miniature.tokenizer` writes.
 
     The trainer breaks ties by the order of a hash table, which differs between processes: a tokenizer made anew would
-    give the words of a trained model to other concepts.
+    give the words of a trained model to other concepts. So it was trained once; a new world needs it written again.
     """
-    path = CACHE / "tokenizer.json"
-    if not path.exists():
-        path.write_text(json.dumps(_train_merges()))
-    saved = json.loads(path.read_text())
+    saved = json.loads(PATH.read_text(encoding="utf-8"))
     tokenizer = CLIPTokenizer(
         vocab=saved["vocabulary"], merges=[tuple(pair) for pair in saved["merges"]], model_max_length=LENGTH
     )
@@ -54,3 +52,7 @@ def _train_merges() -> dict[str, Any]:
     vocabulary = alphabet + [letter + "</w>" for letter in alphabet]
     vocabulary += [token for token in ("".join(pair) for pair in merges) if token not in set(vocabulary)] + [START, END]
     return {"vocabulary": {token: i for i, token in enumerate(dict.fromkeys(vocabulary))}, "merges": merges}
+
+
+if __name__ == "__main__":
+    PATH.write_text(json.dumps(_train_merges(), indent=0) + "\n", encoding="utf-8")

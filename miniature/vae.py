@@ -14,12 +14,13 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 
-from miniature.data import CACHE, Glyphs, draw, load_glyphs, random_glyph, sample_view
+from miniature.data import Glyphs, draw, load_glyphs, random_glyph, sample_view
+from miniature.place import CACHE, length
 from miniature.training import cosine, load, save, set_lr
 
 CHANNELS = 12
-STEPS = 3400
-POLISH_STEPS = 1200
+STEPS = length(3400)
+POLISH_STEPS = length(1200)
 POLISH_LR = 8e-4
 BATCH = 16
 LR = 1.5e-3
