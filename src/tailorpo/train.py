@@ -188,6 +188,8 @@ class Session:
         self.learner.load_tensors(checkpoint.tensors, steps=int(checkpoint.state["steps"]))
         self.policy.model.evaluations = int(checkpoint.state["forwards"])
         self.score.queries = int(checkpoint.state["reward_queries"])
+        # A kill between a checkpoint and its LoRA file leaves the file of the checkpoint before.
+        export_lora(self.policy.model, self.directory.path / "lora")
         return checkpoint.update
 
     def _on_step(self, first: int) -> Callable[[int], None]:
