@@ -10,6 +10,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from tailorpo.algorithms.tailorpo import TailorPO
 from tailorpo.models.sd import BUNDLED, model_folder
 from tailorpo.noise import Noise
 from tailorpo.run import Run
@@ -29,7 +30,8 @@ def cost_table(run: Run) -> Table:
         ("reward queries", cost.reward_queries, "pictures decoded and scored"),
     )
     steps = ", ".join(map(str, trained))
-    drawn = " (drawn anew for every update; here the first)" if run.algorithm.offset == "random" else ""
+    redrawn = isinstance(run.algorithm, TailorPO) and run.algorithm.offset == "random"
+    drawn = " (drawn anew for every update; here the first)" if redrawn else ""
     table = _table(f"Cost; trained steps {steps} of 0 to {run.sampler.steps - 1}{drawn}")
     table.add_column("")
     for name in ("trajectory", f"update ({run.batch.trajectories} trajectories)", f"run ({run.updates} updates)"):
@@ -43,7 +45,8 @@ def cost_table(run: Run) -> Table:
 
 def path_table(run: Run) -> Table:
     """The source files that one training step of this run passes through, with their lines."""
-    sections = [run.algorithm, run.sampler, run.algorithm.guidance, *(entry.reward for entry in run.reward)]
+    guidance = run.algorithm.guidance if isinstance(run.algorithm, TailorPO) else None
+    sections = [run.algorithm, run.sampler, guidance, *(entry.reward for entry in run.reward)]
     names = [*(f"tailorpo.{name}" for name in _LOOP), f"tailorpo.models.{run.model.family}"]
     names += [type(section).__module__ for section in sections if section is not None]
     files = sorted({Path(str(sys.modules[name].__file__)) for name in _imported(names)})

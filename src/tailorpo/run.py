@@ -21,6 +21,10 @@ import yaml
 from pydantic import Field
 
 from tailorpo import __version__
+from tailorpo.algorithms.base import Algorithm
+from tailorpo.algorithms.d3po import D3PO
+from tailorpo.algorithms.ddpo import DDPO
+from tailorpo.algorithms.reward_backprop import RewardBackprop
 from tailorpo.algorithms.tailorpo import TailorPO
 from tailorpo.errors import RunFileError, UserError
 from tailorpo.models import ModelConfig
@@ -48,6 +52,9 @@ RESUMABLE = ("updates", "checkpoint_every", "eval", "trackers")
 """The settings that may change when a run is resumed: what was trained so far does not depend on them."""
 
 _MAX_BYTES = 1_000_000
+
+Method = TailorPO | D3PO | DDPO | RewardBackprop
+"""What `algorithm` can be, told apart by `name`."""
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -113,7 +120,7 @@ class Run:
     checkpoint_every: Positive = 10
     model: ModelConfig
     sampler: DDIM = field(default_factory=DDIM)
-    algorithm: TailorPO = field(default_factory=TailorPO)
+    algorithm: Method = field(default_factory=TailorPO)
     reward: tuple[RewardEntry, ...]
     on_invalid_reward: Literal["stop", "skip"] = "stop"
     prompts: PromptsConfig
@@ -266,13 +273,13 @@ def _impossible(values: Mapping[str, Any]) -> list[str]:
     """Combinations of sections that cannot work; sections with mistakes of their own are not in `values`."""
     problems: list[str] = []
     rewards: tuple[RewardEntry, ...] | None = values.get("reward")
-    algorithm: TailorPO | None = values.get("algorithm")
+    algorithm: Algorithm | None = values.get("algorithm")
     if rewards is not None and not rewards:
         problems.append("reward: an empty list; name at least one")
     if algorithm is not None and "sampler" in values and "model" in values:
         try:
             # A reward of the user's own has to be imported to know, so that is only asked where it matters.
-            ask = algorithm.guidance is not None and rewards is not None
+            ask = algorithm.needs_gradient and rewards is not None
             differentiable = not ask or all(entry.reward.differentiable for entry in rewards or ())
             lora = values["model"].lora is not None
             problems += algorithm.problems(sampler=values["sampler"], differentiable=differentiable, lora=lora)
