@@ -14,9 +14,8 @@ direction.
 Because the inputs differ, the gradient holds mu(x^l) - mu(x^w) beside the difference that was labelled (TailorPO's
 Eq. 8); `tailorpo experiment gradient-direction` measures what that does.
 
-Left out: the official code's second copy of the network (the adapter is switched off instead), its second reference
-evaluation of the same input, its skipping of the noise-free last step (here every trained step has a std above 0), and
-the human in the loop.
+Left out: the official code's second copy of the network (the adapter is switched off instead), its half-precision
+buffer of latents, rewards that are vectors (compared by Pareto dominance there), and the human in the loop.
 """
 
 from __future__ import annotations

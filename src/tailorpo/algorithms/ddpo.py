@@ -181,16 +181,15 @@ class DDPO:
         for prompt, reward in ends.values():
             memory[prompt] = [*memory.get(prompt, []), reward][-self.history :]
 
-        def advantage(key: tuple[Key, ...]) -> float:
-            if key not in ends:
-                return 0.0
-            prompt, reward = ends[key]
+        def advantage(prompt: str, reward: float) -> float:
             known = memory[prompt] if len(memory[prompt]) >= self.history_min else batch
             value = (reward - fmean(known)) / (pstdev(known) + 1e-6)
             return max(-self.advantage_clip, min(self.advantage_clip, value))
 
+        advantages = {key: advantage(prompt, reward) for key, (prompt, reward) in ends.items()}
         return [
-            replace(each, advantage=each.reward.new_tensor([advantage(key) for key in each.keys])) for each in stored
+            replace(each, advantage=each.reward.new_tensor([advantages.get(key, 0.0) for key in each.keys]))
+            for each in stored
         ]
 
     def loss(self, policy: Policy, sample: Transition) -> Tensor:

@@ -3,8 +3,9 @@
     L = -r(c, decode(x_K)),   x_{k+1} = mean_theta(x_k) + std z,   differentiated through the last `last_steps` steps
 
 DRaFT-K (Clark et al. 2024, arXiv 2309.17400) truncates at a fixed number of steps, AlignProp (Prabhudesai et al. 2023,
-arXiv 2310.03739) at a random one (`truncation: random`, uniform in 1..last_steps). It is the upper reference for
-rewards with a gradient: TailorPO-G uses the same gradient, but to choose a target for the policy.
+arXiv 2310.03739) at a random one (`truncation: random`, uniform in 1..last_steps, drawn for every trajectory). It is
+the upper reference for rewards with a gradient: TailorPO-G uses the same gradient, but to choose a target for the
+policy.
 
 Nothing ties the policy to the model it started from, and no reference is evaluated, so no KL is logged. Memory grows
 with `last_steps`.
@@ -21,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tailorpo.algorithms.base import Cost, Shown, Stored, Update, common_problems
+from tailorpo.algorithms.base import Cost, Shown, Stored, Update
 from tailorpo.noise import Noise
 from tailorpo.policy import Policy
 from tailorpo.rollout import Trajectories, step_noise
@@ -58,7 +59,7 @@ class RewardBackprop:
 
     Attributes:
         last_steps: how many of the last steps the gradient goes through.
-        truncation: "fixed" (DRaFT-K), or "random": a number in 1..last_steps drawn for every trajectory batch.
+        truncation: "fixed" (DRaFT-K), or "random": a number in 1..last_steps drawn for every trajectory.
     """
 
     name: Literal["reward_backprop"] = "reward_backprop"
@@ -96,8 +97,8 @@ class RewardBackprop:
 
     def problems(self, *, sampler: DDIM, differentiable: bool, lora: bool) -> list[str]:
         """Everything about this algorithm that cannot work with the rest of the run, in words."""
-        # A deterministic sampler is fine here: no density is needed.
-        found = [] if lora else common_problems(sampler=DDIM(), lora=lora, update="inline", inner_epochs=1)
+        # A deterministic sampler (eta 0) is fine here: no density is needed.
+        found = [] if lora else ["model.lora is null: the LoRA is what is trained, so there is nothing to train"]
         if self.last_steps > sampler.steps:
             found.append(f"algorithm.last_steps must be in 1..{sampler.steps} (sampler.steps), got {self.last_steps}")
         if not differentiable:
@@ -126,18 +127,28 @@ class RewardBackprop:
         on_step: Callable[[int], None] | None = None,
     ) -> Iterator[Finished]:
         """Walk to the end, keep the graph of the last steps, and yield the rewards."""
-        depth = self.last_steps
+        depths = [self.last_steps] * len(trajectories)
         if self.truncation == "random":
-            depth = 1 + noise.integer(self.last_steps, *trajectories.keys[0], "truncation")
+            depths = [1 + noise.integer(self.last_steps, *key, "truncation") for key in trajectories.keys]
         steps, x = policy.schedule.steps, trajectories.latents
+        depth = torch.tensor(depths, device=x.device).view(-1, 1, 1, 1)
         for k in range(steps):
-            with torch.set_grad_enabled(k >= steps - depth):
+            with torch.set_grad_enabled(k >= steps - max(depths)):
                 step = policy.step(x, k, trajectories.cond)
                 x = step.gaussian.sample(step_noise(noise, trajectories, k, like=x))
+                x = torch.where(depth >= steps - k, x, x.detach())
             if on_step:
                 on_step(k + 1)
         with torch.enable_grad():
-            reward = score(policy.model.decode(x), trajectories.prompts)
+            pictures = policy.model.decode(x)
+            reward = score(pictures, trajectories.prompts)
+        present = reward.isfinite().view(-1, 1, 1, 1)
+
+        def only_present(gradient: Tensor) -> Tensor:
+            # Zero times the gradient of a missing reward may be NaN, and would reach every parameter.
+            return torch.where(present, gradient, torch.zeros_like(gradient))
+
+        pictures.register_hook(only_present)
         trajectories.latents, trajectories.reward = x.detach(), reward.detach()
         yield Finished(steps - 1, reward)
 
