@@ -21,7 +21,7 @@ class UpdateMetrics:
     """Gathers the samples of one update and sums them up."""
 
     def __init__(self) -> None:
-        self._rows: dict[int, list[dict[str, Tensor]]] = {}
+        self._rows: dict[int | None, list[dict[str, Tensor]]] = {}
         self._final: list[Tensor] = []
 
     def add(self, sample: Sample) -> None:
@@ -63,7 +63,7 @@ class UpdateMetrics:
                 "pairs": len(values["present"]),
                 **{name: _mean(values[key], values["present"]) for name, key in _BY_STEP.items() if key in values},
             }
-            for k, values in sorted(by_step.items())
+            for k, values in sorted((k, values) for k, values in by_step.items() if k is not None)
         ]
         return result
 

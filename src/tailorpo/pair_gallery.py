@@ -37,7 +37,7 @@ class PairGallery:
         """Record the pairs of a batch that belong to the update's first trajectories; `first_trajectory` is row 0's
         number."""
         shown = sample.shown()
-        if shown is None:
+        if shown is None or sample.k is None:
             return
         for row in range(min(len(shown.prompts), TRAJECTORIES - first_trajectory)):
             stem = f"trajectory-{first_trajectory + row}-step-{sample.k:02d}"

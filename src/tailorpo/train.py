@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tailorpo._distributed import pick_device
 from tailorpo.algorithms.base import Algorithm, Stored
+from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
 from tailorpo.checkpoint import load_latest_checkpoint, save_checkpoint
 from tailorpo.files import storage_errors
 from tailorpo.metrics import UpdateMetrics
@@ -73,6 +74,9 @@ def train(run: Run, directory: RunDirectory, *, reporter: Reporter) -> Diffusion
     device = pick_device()
     policy = Policy(run.model.load(device, seed=run.seed), run.sampler)
     score = load_scorer(run.reward, device, on_invalid=run.on_invalid_reward)
+    if isinstance(run.algorithm, DiffusionDPO):
+        reporter.phase("encoding the pairs")
+        run.algorithm.load(policy.model, on_picture=reporter.step)
     learner = Learner(policy.model.trainable(), run.optimizer)
     session = Session(run, policy, score=score, learner=learner, directory=directory, reporter=reporter)
     finished = session.restore()
@@ -148,7 +152,7 @@ class Session:
             "update": update + 1,
             **self.learner.take_metrics(),
             **metrics.summary(times=policy.schedule.time),
-            "forwards": policy.model.evaluations,
+            "forwards": policy.forwards,
             "reward_queries": self.score.queries,
         }
 
@@ -189,7 +193,7 @@ class Session:
         """Write a checkpoint after `update` updates, and the LoRA in diffusers' format."""
         state = {
             "steps": self.learner.steps,
-            "forwards": self.policy.model.evaluations,
+            "evaluations": self.policy.evaluations,
             "reward_queries": self.score.queries,
             "memory": self.memory,
         }
@@ -202,7 +206,7 @@ class Session:
         if checkpoint is None:
             return 0
         self.learner.load_tensors(checkpoint.tensors, steps=int(checkpoint.state["steps"]))
-        self.policy.model.evaluations = int(checkpoint.state["forwards"])
+        self.policy.evaluations = int(checkpoint.state["evaluations"])
         self.score.queries = int(checkpoint.state["reward_queries"])
         self.memory = dict(checkpoint.state["memory"])
         return checkpoint.update

@@ -31,12 +31,14 @@ class Cost:
         backwards: backward passes through the network for the loss.
         input_gradients: backward passes to the latents for guidance.
         reward_queries: pictures decoded and scored, the finished one included.
+        guided: whether forwards and backwards are under the sampler's guidance; without it two are worth one.
     """
 
     forwards: int
     backwards: int
     input_gradients: int
     reward_queries: int
+    guided: bool = True
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,10 @@ class Stored(Protocol):
 
 
 class Sample(Protocol):
-    """What `collect` yields: one batch of things to train on, all of step `k`."""
+    """What `collect` yields: one batch of things to train on, all of step `k`, or of no step of the sampler (None)."""
 
     @property
-    def k(self) -> int: ...
+    def k(self) -> int | None: ...
 
     def stored(self, policy: Policy) -> Stored:
         """What a later minibatch needs of it."""
