@@ -18,6 +18,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
+    from tailorpo.algorithms.spo import SPO
     from tailorpo.algorithms.tailorpo import Steps, TailorPO
     from tailorpo.errors import (
         CheckpointError,
@@ -43,9 +45,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DDIM",
+    "SPO",
     "Batch",
     "CheckpointError",
     "CustomReward",
+    "DiffusionDPO",
     "DivergedError",
     "Eval",
     "LoRA",
@@ -71,6 +75,8 @@ __all__ = [
 ]
 
 _MODULES = {
+    "algorithms.diffusion_dpo": ("DiffusionDPO",),
+    "algorithms.spo": ("SPO",),
     "algorithms.tailorpo": ("Steps", "TailorPO"),
     "errors": (
         "CheckpointError",

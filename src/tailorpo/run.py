@@ -24,13 +24,16 @@ from tailorpo import __version__
 from tailorpo.algorithms.base import Algorithm
 from tailorpo.algorithms.d3po import D3PO
 from tailorpo.algorithms.ddpo import DDPO
+from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
 from tailorpo.algorithms.reward_backprop import RewardBackprop
+from tailorpo.algorithms.spo import SPO
 from tailorpo.algorithms.tailorpo import TailorPO
 from tailorpo.errors import RunFileError, UserError
 from tailorpo.models import ModelConfig
 from tailorpo.optimizer import Optimizer
+from tailorpo.pair_dataset import pair_problems
 from tailorpo.prompts import PromptsConfig, load_prompts
-from tailorpo.rewards import RewardConfig, RewardEntry
+from tailorpo.rewards import EmojiStepPreference, RewardConfig, RewardEntry
 from tailorpo.samplers import DDIM
 from tailorpo.settings import Binder, check_fields, did_you_mean, plain
 from tailorpo.yaml_tree import Tree, override, read_yaml
@@ -53,7 +56,7 @@ RESUMABLE = ("updates", "checkpoint_every", "eval", "trackers")
 
 _MAX_BYTES = 1_000_000
 
-Method = TailorPO | D3PO | DDPO | RewardBackprop
+Method = TailorPO | D3PO | DDPO | SPO | RewardBackprop | DiffusionDPO
 """What `algorithm` can be, told apart by `name`."""
 
 Positive = Annotated[int, Field(ge=1)]
@@ -235,7 +238,7 @@ def _make_absolute(data: Any) -> None:
     elif isinstance(data, dict):
         mapping = cast(dict[str, Any], data)
         for key, value in mapping.items():
-            if key in ("path", "file") and isinstance(value, str) and Path(value).expanduser().exists():
+            if key in ("path", "file", "pairs") and isinstance(value, str) and Path(value).expanduser().exists():
                 mapping[key] = str(Path(value).expanduser().resolve())
             elif key != "args":
                 _make_absolute(value)
@@ -285,6 +288,17 @@ def _impossible(values: Mapping[str, Any]) -> list[str]:
             problems += algorithm.problems(sampler=values["sampler"], differentiable=differentiable, lora=lora)
         except UserError as error:
             problems.append(f"reward: {error}")
+    if isinstance(algorithm, SPO) and rewards:
+        aware = any(isinstance(entry.reward, EmojiStepPreference) for entry in rewards)
+        if aware != (algorithm.step_reward == "aware"):
+            problems.append(
+                f"algorithm.step_reward is {algorithm.step_reward}, but "
+                + (
+                    "the reward emoji_step_preference is told the time: say aware"
+                    if aware
+                    else "no reward is told the time: take emoji_step_preference, or say predicted"
+                )
+            )
     batch: Batch | None = values.get("batch")
     if batch is not None and batch.micro > batch.trajectories:
         problems.append(f"batch.micro is {batch.micro}, more than the {batch.trajectories} of batch.trajectories")
@@ -309,6 +323,8 @@ def _missing(value: Any, name: str) -> list[str]:
         except UserError as error:
             return [f"{name}: {error}"]
         return []
+    if isinstance(value, DiffusionDPO):
+        return [f"{name}.pairs: {value.pairs}: {each}" for each in pair_problems(Path(value.pairs).expanduser())]
     if isinstance(value, RewardEntry):
         return _missing(value.reward, name)
     if isinstance(value, tuple):

@@ -1,14 +1,14 @@
-"""Ranked pairs of candidates from the same x_k: what TailorPO and SPO train on, and their loss's logit."""
+"""Ranked pairs of candidates from the same x_k: what TailorPO and SPO train on, and their losses' logits."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 from torch import Tensor
 
-from tailorpo.algorithms.base import Shown
+from tailorpo.algorithms.base import Shown, Stored
 from tailorpo.gaussian_step import GaussianStep
 from tailorpo.models import Conditioning
 from tailorpo.policy import Policy, PolicyStep
@@ -76,7 +76,7 @@ class Pair:
             guided=self.push > 0,
         )
 
-    def stored(self, policy: Policy) -> StoredPairs:
+    def stored(self, policy: Policy) -> Stored:
         """What a later epoch needs of it."""
         origin = policy.origin(self.latents, self.k)
         return StoredPairs(
@@ -127,3 +127,57 @@ def pair_logit(policy: Policy, pair: Pair | StoredPairs) -> Tensor:
         return gaussian.projection(pair.noise_difference, origin) - pair.reference_projection
     step = pair.step or policy.step(pair.latents, pair.k, pair.cond)
     return step.gaussian.pair_logit(pair.noise_difference, pair.reference)
+
+
+@dataclass
+class CandidatePair(Pair):
+    """A pair whose loss needs the log-ratio of each candidate and not only their difference.
+
+    `winner` and `loser` are the candidates themselves, x_{k+1}.
+    """
+
+    winner: Tensor
+    loser: Tensor
+
+    def stored(self, policy: Policy) -> StoredCandidates:
+        """What a later epoch needs of it."""
+        return StoredCandidates(
+            self.k, self.latents, self.cond, self.winner, self.loser, valid=self.valid, reference=self.reference
+        )
+
+
+@dataclass(frozen=True)
+class StoredCandidates:
+    """The part of such a pair that a later epoch needs: here the reference's whole mean."""
+
+    k: int
+    latents: Tensor
+    cond: Conditioning
+    winner: Tensor
+    loser: Tensor
+    _: KW_ONLY
+    valid: Tensor
+    reference: GaussianStep
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def rows(self, index: Tensor) -> StoredCandidates:
+        """A selection of the batch."""
+        return StoredCandidates(
+            self.k,
+            self.latents[index],
+            self.cond.rows(index),
+            self.winner[index],
+            self.loser[index],
+            valid=self.valid[index],
+            reference=GaussianStep(self.reference.mean[index], self.reference.std),
+        )
+
+
+def candidate_log_ratios(policy: Policy, pair: CandidatePair | StoredCandidates) -> tuple[Tensor, Tensor]:
+    """Log-ratios of winner and loser in nats, (B,) each, from one evaluation of x_k: that of the rollout, or a new
+    one."""
+    known = None if isinstance(pair, StoredCandidates) else pair.step
+    gaussian = (known or policy.step(pair.latents, pair.k, pair.cond)).gaussian
+    return gaussian.log_ratio(pair.winner, pair.reference), gaussian.log_ratio(pair.loser, pair.reference)
