@@ -177,14 +177,17 @@ class DDPO:
             for key, prompt, reward in zip(each.keys, each.prompts, each.reward, strict=True)
             if bool(reward.isfinite())
         }
-        batch = [reward for _, reward in ends.values()]
         for prompt, reward in ends.values():
             memory[prompt] = [*memory.get(prompt, []), reward][-self.history :]
+        batch = [reward for _, reward in ends.values()]
+        moments: dict[str, tuple[float, float]] = {}
+        for prompt in {prompt for prompt, _ in ends.values()}:
+            known = memory[prompt] if len(memory[prompt]) >= self.history_min else batch
+            moments[prompt] = fmean(known), pstdev(known)
 
         def advantage(prompt: str, reward: float) -> float:
-            known = memory[prompt] if len(memory[prompt]) >= self.history_min else batch
-            value = (reward - fmean(known)) / (pstdev(known) + 1e-6)
-            return max(-self.advantage_clip, min(self.advantage_clip, value))
+            mean, std = moments[prompt]
+            return max(-self.advantage_clip, min(self.advantage_clip, (reward - mean) / (std + 1e-6)))
 
         advantages = {key: advantage(prompt, reward) for key, (prompt, reward) in ends.items()}
         return [

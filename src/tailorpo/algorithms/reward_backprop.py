@@ -103,8 +103,8 @@ class RewardBackprop:
             found.append(f"algorithm.last_steps must be in 1..{sampler.steps} (sampler.steps), got {self.last_steps}")
         if not differentiable:
             found.append(
-                "algorithm reward_backprop needs the gradient of the reward, and this reward is not differentiable; use"
-                " tailorpo, d3po or ddpo, or a differentiable reward"
+                "algorithm.name is reward_backprop, which needs the gradient of the reward, and this reward is not"
+                " differentiable; use tailorpo, d3po or ddpo, or a differentiable reward"
             )
         return found
 
