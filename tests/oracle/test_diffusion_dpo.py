@@ -108,6 +108,26 @@ def test_loss_and_gradient_are_those_of_normal_densities_in_float64(
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5 * largest)
 
 
+def test_the_gradient_is_the_slope_of_the_loss(tiny_policy: MakePolicy) -> None:
+    """Central differences along the gradient: the reference stays where it is when the adapter moves."""
+    policy, pairs = tiny_policy(moved=0.05), some_pairs()
+    parameters = policy.model.trainable()
+
+    def loss() -> Tensor:
+        return METHOD.loss(policy, METHOD.evaluate(policy, pairs, keys(2), noise=NOISE)).sum()
+
+    slopes = gradients(policy, loss())
+    norm = float(torch.cat([value.flatten() for value in slopes.values()]).norm())
+    size = 0.02 / norm  # the loss moves by 0.02, far above rounding
+    values: list[float] = []
+    for sign in (1, -2):
+        with torch.no_grad():
+            for name, slope in slopes.items():
+                parameters[name].add_(sign * size * slope / norm)
+        values.append(float(loss().detach()))
+    assert (values[0] - values[1]) / (2 * size) == pytest.approx(norm, rel=0.02)
+
+
 def test_before_the_first_update_the_loss_is_log_2_and_swapping_negates_the_gradient(tiny_policy: MakePolicy) -> None:
     policy, pairs = tiny_policy(), some_pairs()
     swapped = replace(
