@@ -16,10 +16,11 @@ import shutil
 import time
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel
@@ -123,9 +124,9 @@ def plain_scores(model: CLIPModel, images: Tensor, ids: Tensor) -> Tensor:
 class StepModel(nn.Module):
     """A preference model and its time condition as one module."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.clip = CLIPModel.from_pretrained(ASSETS / PREFERENCE.name, dtype=torch.float32)
+        self.clip = CLIPModel.from_pretrained(folder, dtype=torch.float32)
         self.condition = TimeCondition(self.clip.config.vision_config.hidden_size)
 
     def forward(self, images: Tensor, ids: Tensor, times: Tensor) -> Tensor:
@@ -152,7 +153,7 @@ def train() -> None:
         for key in ("pictures", "times", "worth", "ids")
     )
     torch.manual_seed(41)
-    model = StepModel().train()
+    model = StepModel(ASSETS / PREFERENCE.name).train()
     groups = [{"params": model.clip.parameters(), "lr": LR}, {"params": model.condition.parameters(), "lr": TIME_LR}]
     optimizer, start = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.02), 0
     if state := load(checkpoint):
@@ -183,16 +184,10 @@ def train() -> None:
     save(path, model.state_dict())
 
 
-def trained() -> StepModel:
-    """The model of the cache."""
-    model = StepModel()
-    model.load_state_dict(load(CACHE / f"{NAME}.pt") or {})
-    return model.eval().requires_grad_(False)
-
-
 def export() -> None:
     """Writes the CLIPModel as emoji_preference is written, fp16, and its time condition beside it."""
-    model, folder = trained(), ASSETS / NAME
+    model, folder = StepModel(ASSETS / PREFERENCE.name), ASSETS / NAME
+    model.load_state_dict(load(CACHE / f"{NAME}.pt") or {})
     shutil.rmtree(folder, ignore_errors=True)
     model.clip.half().save_pretrained(folder)
     load_as_float32(folder)
@@ -201,6 +196,14 @@ def export() -> None:
     save_file(
         {key: value.half().contiguous() for key, value in model.condition.state_dict().items()}, folder / TIME_FILE
     )
+
+
+def shipped() -> StepModel:
+    """The model as it ships."""
+    model = StepModel(ASSETS / NAME)
+    condition = load_file(ASSETS / NAME / TIME_FILE)
+    model.condition.load_state_dict({key: value.float() for key, value in condition.items()})
+    return model.eval().requires_grad_(False)
 
 
 def compare(aware: Tensor, plain: Tensor, wanted: Tensor) -> dict[str, object]:
@@ -232,7 +235,7 @@ def compare(aware: Tensor, plain: Tensor, wanted: Tensor) -> dict[str, object]:
 @torch.no_grad()
 def measure_buckets() -> dict[str, object]:
     """Both models on held-out groups of chains, by time; `finished` are the pictures the labels come from."""
-    plain, aware = load_reward(PREFERENCE.name), trained()
+    plain, aware = load_reward(PREFERENCE.name), shipped()
     columns: dict[str, list[Tensor]] = {"aware": [], "plain": [], "worth": []}
     for number in range(HELD_OUT):
         shard = make_shard(number, seed=42, shown=None)
@@ -261,7 +264,7 @@ def measure_buckets() -> dict[str, object]:
 @torch.no_grad()
 def measure_siblings() -> dict[str, object]:
     """Both models on what SPO ranks: two candidates of one step, labelled by one future that shares its noise."""
-    plain, aware, (vae, model) = load_reward(PREFERENCE.name), trained(), load_exported()
+    plain, aware, (vae, model) = load_reward(PREFERENCE.name), shipped(), load_exported()
     rng, found, alphas = torch.Generator().manual_seed(43), {}, make_scheduler().alphas_cumprod
     concept = np.random.default_rng(43).choice(len(CONCEPTS), length(160, quick=8), p=concept_weights())
     prompts = [CONCEPTS[c].prompt for c in concept]
