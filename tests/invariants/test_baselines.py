@@ -282,6 +282,21 @@ def test_a_reward_without_a_gradient_is_refused_before_anything_is_loaded(tmp_pa
 # All of them
 
 
+@pytest.mark.parametrize("algorithm", [D3PO(), D3PO(update="inline"), DDPO(), RewardBackprop()])
+def test_a_last_step_without_noise_is_no_obstacle(tiny_policy: MakePolicy, algorithm: Algorithm) -> None:
+    """Schedulers with `set_alpha_to_one` end on the predicted clean latent itself, which has no density."""
+    policy = tiny_policy(steps=3, moved=0.05)
+    alpha, sigma = policy.schedule.alpha.clone(), policy.schedule.sigma.clone()
+    alpha[-1], sigma[-1] = 1.0, 0.0
+    policy.schedule = replace(policy.schedule, alpha=alpha, sigma=sigma)
+    assert policy.sampler.std(policy.schedule, 2) == 0
+    samples = collect(policy, algorithm)
+    assert [sample.k for sample in samples] == ([2] if isinstance(algorithm, RewardBackprop) else [0, 1])
+    assert isinstance(algorithm, DDPO | RewardBackprop) or samples[-1].shown() is not None
+    stored = algorithm.prepare(samples, {})
+    assert gradient(policy, [algorithm.loss(policy, each) for each in stored]).isfinite().all()
+
+
 @pytest.mark.parametrize("algorithm", [D3PO(), DDPO(), RewardBackprop(last_steps=2, truncation="random")])
 def test_eight_at_once_are_one_by_one(tiny_policy: MakePolicy, algorithm: Algorithm) -> None:
     policy, numbers = tiny_policy(steps=3, moved=0.05), range(8)

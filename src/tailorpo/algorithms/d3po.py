@@ -15,7 +15,8 @@ Because the inputs differ, the gradient holds mu(x^l) - mu(x^w) beside the diffe
 Eq. 8); `tailorpo experiment gradient-direction` measures what that does.
 
 Left out: the official code's second copy of the network (the adapter is switched off instead), its half-precision
-buffer of latents, rewards that are vectors (compared by Pareto dominance there), and the human in the loop.
+buffer of latents, rewards that are vectors (compared by Pareto dominance there), the human in the loop, and a last step
+without noise (schedulers with `set_alpha_to_one`), which has no density.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ class D3PO:
             trajectories.latents.repeat(2, 1, 1, 1),
         )
         walk = walk_chains(policy, both, noise=noise, graph=lambda k: inline and k in trained, on_step=on_step)
-        chain = [step for step in walk if step.k in trained]
+        chain = [each for each in walk if each.k in trained and each.step.gaussian.std > 0]
         with torch.no_grad():
             pictures = policy.model.decode(both.latents)
             reward = score(pictures, both.prompts)

@@ -8,7 +8,8 @@ latent (`reduction: mean`), where clip 1e-4 stands for 1e-4 D nats: 1.6 for SD 1
 
 No reference is evaluated: nothing ties the policy to the model it started from, and no KL is logged.
 
-Left out: the reward-weighted variant (DDPO-RWR), and training on a part of the steps.
+Left out: the reward-weighted variant (DDPO-RWR), training on a part of the steps, and a last step without noise
+(schedulers with `set_alpha_to_one`), which has no density.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ class DDPO:
             reward = score(policy.model.decode(trajectories.latents), trajectories.prompts)
         trajectories.reward = reward
         for at in chain:
-            if at.k in trained:
+            if at.k in trained and at.step.gaussian.std > 0:
                 yield Transition(
                     k=at.k,
                     prompts=trajectories.prompts,
