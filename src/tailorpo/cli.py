@@ -381,6 +381,9 @@ def experiment(
         ),
     ] = None,
     work: Annotated[Path, typer.Option(help="The folder of the runs.")] = Path("runs/experiments"),
+    states: Annotated[int | None, typer.Option(min=2, help="step-reward: states per step.")] = None,
+    continuations: Annotated[int | None, typer.Option(min=2, help="step-reward: of each sibling.")] = None,
+    pairs: Annotated[int | None, typer.Option(min=1, help="gradient-direction: pairs of trajectories.")] = None,
     cell: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Run one of the paper's experiments.
@@ -394,32 +397,47 @@ def experiment(
       tailorpo experiment methods --jobs 2         run them, two at a time
       tailorpo experiment methods --only 'tailorpo-g.*'
     """
-    from tailorpo.experiments import command
-    from tailorpo.experiments.conduct import Conduct, find_grid
+    from tailorpo.experiments import command, conduct
+    from tailorpo.experiments.grid import Grid
+    from tailorpo.experiments.grid import quick as quick_
     from tailorpo.experiments.runner import Places
 
     if list_ or name is None:
         _console().print(command.experiment_table())
         return
-    settings, own = tuple(overrides or ()), work / "quick" if quick else work
+    found, settings = conduct.find(name), tuple(overrides or ())
+    own = work / "quick" if quick else work
     # What was not run as the catalogue says stays out of the committed results.
-    written = own / "results" if quick or settings else Path("benchmarks/results/experiments")
-    conduct = Conduct(
-        grid=find_grid(name, smoke=quick),
-        places=Places(results or written, own),
+    sizes = {"states": states, "continuations": continuations, "pairs": pairs}
+    changed = quick or settings or any(sizes.values())
+    written = results or (own / "results" if changed else Path("benchmarks/results/experiments"))
+    places = Places(written, own)
+    if not isinstance(found, Grid):
+        start = conduct.settings_of(found, recipes=recipes, overrides=settings, sizes=sizes, smoke=quick)
+        command.print_measurement(found, start, _console())
+        if not dry_run:
+            with _display(None) as reporter:
+                conduct.run_measurement(found, start, places, reporter=reporter)
+            typer.echo(f"results: {written / name}.json, .md and .webp")
+        return
+    if any(sizes.values()):
+        raise UserError(f"{name} is a grid of training runs; --states, --continuations and --pairs are not for it")
+    grid = conduct.Conduct(
+        grid=quick_(found) if quick else found,
+        places=places,
         recipes=recipes,
         overrides=settings,
         only=tuple(only or ()),
     )
     if cell is not None:
         with _display(None) as reporter:
-            conduct.run_one(cell, reporter=reporter)
+            grid.run_one(cell, reporter=reporter)
     elif dry_run:
-        command.print_plan(conduct, _console())
+        command.print_plan(grid, _console())
     else:
-        folders = ["--recipes", str(recipes), "--results", str(results or written), "--work", str(work)]
+        folders = ["--recipes", str(recipes), "--results", str(written), "--work", str(work)]
         arguments = [*settings, *folders, *(["--quick"] if quick else [])]
-        command.run(conduct, jobs=jobs, console=_console(), arguments=arguments)
+        command.run(grid, jobs=jobs, console=_console(), arguments=arguments)
 
 
 def _train(run: Run, directory: RunDirectory) -> None:

@@ -6,18 +6,30 @@ are the starting points, and `tune` gives every method the same number of settin
 
 from __future__ import annotations
 
+from tailorpo.experiments import gradient_direction, hacking, step_reward
 from tailorpo.experiments.grid import Grid, Variant
+from tailorpo.experiments.measurement import Measurement
 
 PREFERENCE, JPEG, COLOUR = "emoji_preference", "jpeg_compressibility", "colourfulness"
 
 METHODS = (
     Variant(name="DDPO", recipe="emoji_ddpo.yaml", tuned="DDPO"),
     Variant(name="D3PO", recipe="emoji_d3po.yaml", tuned="D3PO"),
-    Variant(name="SPO", recipe="emoji_spo.yaml", tuned="SPO"),
+    Variant(name="SPO", recipe="emoji_spo.yaml", overrides=("algorithm.step_reward=predicted",), tuned="SPO"),
     Variant(name="TailorPO", recipe="emoji_tailorpo.yaml", tuned="TailorPO"),
     Variant(name="TailorPO-G", recipe="emoji_tailorpo_g.yaml", tuned="TailorPO-G"),
     Variant(name="reward backprop", recipe="emoji_reward_backprop.yaml", tuned="reward backprop"),
 )
+
+SPO_AWARE = Variant(
+    name="SPO, step-aware",
+    recipe="emoji_spo.yaml",
+    overrides=("algorithm.step_reward=aware",),
+    tuned="SPO",
+    proxy=(PREFERENCE, "emoji_step_preference"),
+)
+"""SPO as in its paper, with a preference model that was trained on noisy steps; the others, and SPO above, score the
+predicted clean picture."""
 
 LEARNING_RATES = ("3e-4", "1e-3", "3e-3")
 KNOBS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -51,7 +63,7 @@ def _tuning() -> tuple[Variant, ...]:
         Variant(
             name=f"{method.name}, lr {rate}, {key.removeprefix('algorithm.')} {value}",
             recipe=method.recipe,
-            overrides=(f"optimizer.lr={rate}", f"{key}={value}"),
+            overrides=(*method.overrides, f"optimizer.lr={rate}", f"{key}={value}"),
         )
         for method in METHODS
         for key, values in [KNOBS[method.name]]
@@ -84,7 +96,7 @@ GRIDS = (
         question="Which method makes the pictures better, at equal network evaluations?",
         paper="Table 2",
         statistic="interquartile mean of the gain over seeds and prompts, probability of improvement",
-        variants=METHODS,
+        variants=(*METHODS, SPO_AWARE),
         seeds={PREFERENCE: (1, 2, 3, 4, 5), COLOUR: (1, 2, 3), JPEG: (1, 2, 3)},
         budget=16_800,
         overrides=EVALUATION,
@@ -138,5 +150,50 @@ GRIDS = (
         overrides=EVALUATION,
         reference="sigma, k 2",
         points=3,
+    ),
+)
+
+MEASUREMENTS = (
+    Measurement(
+        name="step-reward",
+        question="How well does the reward of the predicted clean picture stand for the expected final reward?",
+        paper="Tables 6 and 7, Appendix D.2",
+        statistic="relative error; share of sibling pairs that the step reward ranks wrongly",
+        recipe="emoji_tailorpo.yaml",
+        overrides=(f"reward=[{{name: {PREFERENCE}}}, {{name: {COLOUR}}}, {{name: {JPEG}}}]", "seed=7"),
+        sizes={"states": 100, "continuations": 64},
+        quick={"states": 2, "continuations": 2},
+        cost=step_reward.cost,
+        measure=step_reward.measure,
+        table=step_reward.table,
+        plot=step_reward.plot,
+    ),
+    Measurement(
+        name="gradient-direction",
+        question="How often does a gradient step lower the winner's likelihood or raise the loser's?",
+        paper="Section 3, Eq. 7 and 8",
+        statistic="shares over pairs and steps with Wilson's intervals",
+        recipe="emoji_tailorpo.yaml",
+        overrides=("seed=8",),
+        sizes={"pairs": 100},
+        quick={"pairs": 1},
+        cost=gradient_direction.cost,
+        measure=gradient_direction.measure,
+        table=gradient_direction.table,
+        plot=gradient_direction.plot,
+    ),
+    Measurement(
+        name="hacking",
+        question="What do judge, diversity and KL show while a reward is pushed until the pictures break?",
+        paper="Figure 11",
+        statistic="change against the base model at every evaluation, intervals over prompts",
+        recipe="emoji_tailorpo.yaml",
+        overrides=(f"reward={{name: {JPEG}}}", "seed=9", "eval.seeds=2", "algorithm.beta=0.02", "optimizer.lr=2e-3"),
+        sizes={"updates": 240, "points": 12},
+        quick={"updates": 2, "points": 2},
+        cost=hacking.cost,
+        measure=hacking.measure,
+        table=hacking.table,
+        plot=hacking.plot,
     ),
 )

@@ -49,7 +49,7 @@ def run_cell(plan: Plan, folder: Path, *, reporter: Reporter) -> dict[str, Any]:
 
     A folder whose run has other settings is begun anew.
     """
-    run = plan.run
+    run, measured = plan.run, plan.measured
     if (folder / RUN).is_file() and RunDirectory.open(folder).run != run:
         shutil.rmtree(folder)
     directory = RunDirectory.open(folder) if (folder / RUN).is_file() else RunDirectory.create(folder, run)
@@ -62,16 +62,16 @@ def run_cell(plan: Plan, folder: Path, *, reporter: Reporter) -> dict[str, Any]:
             model = train(replace(run, updates=mark), directory, reporter=reporter)
             if not curve:
                 with model.reference():
-                    start = _point(run, model)
+                    start = _point(measured, model)
                 curve.append({"update": 0, "forwards": 0, "reward_queries": 0, **start})
             if mark not in {point["update"] for point in curve}:
                 row = directory.metrics()[-1]
                 spent = {key: row[key] for key in ("update", "forwards", "reward_queries")}
-                curve.append({**spent, **_point(run, model)})
+                curve.append({**spent, **_point(measured, model)})
             directory.write_json(CURVE, curve)
         assert model is not None
-        kl = sampler_kl(run, model)
-        evaluation = evaluate(run, directory, model, reporter=reporter)
+        kl = sampler_kl(measured, model)
+        evaluation = evaluate(measured, directory, model, reporter=reporter)
         result = {**_description(plan, directory), "kl": kl, "curve": curve, "evaluation": per_prompt(evaluation)}
         result["minutes"] = round((result["seconds"] + evaluation["cost"]["seconds"]) / 60, 2)
         atomic_write(folder / RESULT, json.dumps(result, allow_nan=False) + "\n")
@@ -90,7 +90,7 @@ def _point(run: Run, model: DiffusionModel) -> dict[str, float | None]:
     device = pick_device()
     score, judge = load_scorer(run.reward, device, on_invalid="skip"), run.eval.judge
     judging = judge.load(device) if judge else None
-    policy, counter = Policy(model, run.sampler), model.evaluations
+    policy = Policy(model, run.sampler)
     found: dict[str, list[float]] = {}
     for first in range(0, len(prompts), run.eval.batch_size):
         texts = prompts[first : first + run.eval.batch_size]
@@ -98,7 +98,6 @@ def _point(run: Run, model: DiffusionModel) -> dict[str, float | None]:
         found.setdefault("reward", []).extend(map(float, score(pictures, texts)))
         if judging:
             found.setdefault("judge", []).extend(map(float, judging(pictures, texts)))
-    model.evaluations = counter
     return {name: plain(fmean(values)) for name, values in found.items()}
 
 
@@ -107,11 +106,10 @@ def sampler_kl(run: Run, model: DiffusionModel) -> float | None:
     """KL(policy || reference) of a whole trajectory in nats: the exact KL of every step, summed along trajectories of
     the policy, one per seen prompt; the same measure for methods that log their own KL and for those that do not."""
     prompts = load_prompts(run.eval.prompts_seen or run.prompts)
-    policy, counter = Policy(model, run.sampler), model.evaluations
+    policy = Policy(model, run.sampler)
     sums: list[float] = []
     for first in range(0, len(prompts), run.eval.batch_size):
         sums += _chains(policy, run, prompts[first : first + run.eval.batch_size], kl=True)[1].tolist()
-    model.evaluations = counter
     return plain(fmean(sums))
 
 

@@ -8,20 +8,21 @@ from rich.console import Console
 from rich.table import Table
 
 from tailorpo.errors import TailorpoError
-from tailorpo.experiments.catalogue import GRIDS
+from tailorpo.experiments.catalogue import GRIDS, MEASUREMENTS
 from tailorpo.experiments.conduct import Conduct
 from tailorpo.experiments.display import CellDisplay
 from tailorpo.experiments.grid import Plan
+from tailorpo.experiments.measurement import Measurement, Settings
 from tailorpo.experiments.plots import pyplot
-from tailorpo.experiments.runner import estimated_minutes, finished_cells, read_results
+from tailorpo.experiments.runner import RATE, estimated_minutes, finished_cells, read_results
 from tailorpo.progress import duration
 
 
 def experiment_table() -> Table:
     """The experiments there are."""
     table = Table("name", "asks", "paper", box=None, pad_edge=False)
-    for grid in GRIDS:
-        table.add_row(grid.name, grid.question, grid.paper)
+    for experiment in (*GRIDS, *MEASUREMENTS):
+        table.add_row(experiment.name, experiment.question, experiment.paper)
     return table
 
 
@@ -40,6 +41,14 @@ def print_plan(conduct: Conduct, console: Console) -> None:
     time = duration(60 * estimated_minutes(left, results))
     console.print(f"{len(finished)} of {len(plans)} finished; {time} left on one free core, one cell at a time")
     _notes(conduct, console)
+
+
+def print_measurement(measurement: Measurement, settings: Settings, console: Console) -> None:
+    """What a measurement costs."""
+    forwards = measurement.cost(settings)
+    sizes = ", ".join(f"{size} {name}" for name, size in settings.sizes.items())
+    time = duration(forwards / RATE)
+    console.print(f"{measurement.name}: {sizes}: {forwards:,} network evaluations, {time} on one free core")
 
 
 def run(conduct: Conduct, *, jobs: int, console: Console, arguments: Sequence[str]) -> None:

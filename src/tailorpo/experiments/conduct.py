@@ -1,17 +1,20 @@
-"""From the name of a grid to its results file, table and plot."""
+"""From the name of an experiment to its results file, table and plot."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from tailorpo.environment import environment
 from tailorpo.errors import UserError
-from tailorpo.experiments.catalogue import GRIDS
+from tailorpo.experiments.catalogue import GRIDS, MEASUREMENTS
 from tailorpo.experiments.cell import run_cell
-from tailorpo.experiments.grid import Grid, Plan, missing_recipes, plans, quick
+from tailorpo.experiments.grid import QUICK, Grid, Plan, missing_recipes, plans
+from tailorpo.experiments.measurement import Measurement, Settings
 from tailorpo.experiments.plots import plot_grid
 from tailorpo.experiments.runner import (
     Places,
@@ -25,6 +28,8 @@ from tailorpo.experiments.runner import (
 from tailorpo.experiments.tables import grid_tables
 from tailorpo.experiments.tuning import winners
 from tailorpo.files import atomic_write
+from tailorpo.run import Run
+from tailorpo.settings import did_you_mean
 from tailorpo.train import Reporter
 
 TUNE = next(grid for grid in GRIDS if grid.name == "tune")
@@ -148,13 +153,57 @@ def write_views(grid: Grid, content: dict[str, Any], folder: Path) -> None:
     plot_grid(grid, content, folder / f"{grid.name}.webp")
 
 
-def find_grid(name: str, *, smoke: bool) -> Grid:
-    """The grid of a name.
+def settings_of(
+    measurement: Measurement,
+    *,
+    recipes: Path,
+    overrides: Sequence[str],
+    sizes: Mapping[str, int | None],
+    smoke: bool,
+) -> Settings:
+    """What a measurement starts from; sizes that are None are its own.
+
+    Raises:
+        UserError: a size that it does not have, or a mistake in a setting.
+    """
+    given = {name: size for name, size in sizes.items() if size is not None}
+    unknown = [name for name in given if name not in measurement.sizes]
+    if unknown:
+        raise UserError(f"{measurement.name} has no {', '.join(unknown)}; it has {', '.join(measurement.sizes)}")
+    own = measurement.quick if smoke else measurement.sizes
+    small = QUICK if smoke else ()
+    run = Run.load(recipes / measurement.recipe, [*measurement.overrides, *small, *overrides])
+    return Settings(run=run, sizes={**own, **given})
+
+
+def run_measurement(measurement: Measurement, settings: Settings, places: Places, *, reporter: Reporter) -> None:
+    """Measure what is not measured yet, and write results, table and plot."""
+    folder = places.work / measurement.name
+    folder.mkdir(parents=True, exist_ok=True)
+    found = measurement.measure(settings, folder, reporter)
+    content = {
+        "experiment": measurement.name,
+        "question": measurement.question,
+        "paper": measurement.paper,
+        "statistic": measurement.statistic,
+        "environment": environment(),
+        **found,
+    }
+    places.results.mkdir(parents=True, exist_ok=True)
+    atomic_write(places.json(measurement.name), json.dumps(content, indent=1, allow_nan=False) + "\n")
+    atomic_write(places.results / f"{measurement.name}.md", measurement.table(content))
+    measurement.plot(content, places.results / f"{measurement.name}.webp")
+
+
+def find(name: str) -> Grid | Measurement:
+    """The experiment of a name.
 
     Raises:
         UserError: there is none.
     """
-    for grid in GRIDS:
-        if grid.name == name:
-            return quick(grid) if smoke else grid
-    raise UserError(f"there is no experiment {name!r}; there are {', '.join(grid.name for grid in GRIDS)}")
+    known = (*GRIDS, *MEASUREMENTS)
+    for experiment in known:
+        if experiment.name == name:
+            return experiment
+    names = [experiment.name for experiment in known]
+    raise UserError(f"there is no experiment {name!r}{did_you_mean(name, names)}; there are {', '.join(names)}")

@@ -19,6 +19,7 @@ from typing import Any
 
 from tailorpo.errors import UserError
 from tailorpo.noise import Noise
+from tailorpo.prompts import load_prompts
 from tailorpo.rewards import describe_rewards
 from tailorpo.run import Run
 
@@ -32,12 +33,14 @@ class Variant:
         recipe: the run file it starts from, in recipes/.
         overrides: the settings it replaces, each `key.sub=value`.
         tuned: the name under which `tune` has a winner for it; its overrides come last.
+        proxy: (reward, its stand-in): trains on the stand-in while the reward measures; there for that reward only.
     """
 
     name: str
     recipe: str
     overrides: tuple[str, ...] = ()
     tuned: str | None = None
+    proxy: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +58,6 @@ class Grid:
         overrides: settings that every cell replaces.
         reference: the variant that the others are compared with.
         points: evaluations on the way, for learning curves.
-        paired: whether every variant has to be evaluated under the same sampler.
-        base: whether the table has a row for the untrained model.
     """
 
     name: str
@@ -69,7 +70,6 @@ class Grid:
     overrides: tuple[str, ...] = ()
     reference: str
     points: int = 6
-    base: bool = True
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ class Plan:
     Attributes:
         cell: which.
         run: the run file, with the number of updates that fits the budget.
+        measured: the run file that says how it is evaluated, the same for all cells of one reward and seed.
         overrides: what it replaces in the recipe.
         forwards: guided network evaluations of the training, planned.
         backwards: backward passes of the loss.
@@ -104,6 +105,7 @@ class Plan:
 
     cell: Cell
     run: Run
+    measured: Run
     overrides: tuple[str, ...]
     forwards: int
     backwards: int
@@ -114,7 +116,7 @@ class Plan:
     @property
     def digest(self) -> str:
         """Changes when any setting does: a result with another one is out of date."""
-        text = json.dumps([self.run.to_dict(), self.points], sort_keys=True)
+        text = json.dumps([self.run.to_dict(), _evaluation(self.measured), self.points], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
@@ -122,6 +124,9 @@ class Plan:
         """All of it in units of a forward; a backward pass counts as two."""
         return self.forwards + 2 * self.backwards + 4 * self.input_gradients + self.evaluation
 
+
+MEASURED = "emoji_tailorpo.yaml"
+"""The recipe whose evaluation every cell gets, with the grid's overrides."""
 
 QUICK = ("batch.trajectories=2", "batch.micro=2", "eval.seeds=2", "eval.prompts_seen={list: [a cat, a dog]}")
 """What `--quick` replaces: enough to see that everything fits together, and nothing to draw a conclusion from."""
@@ -161,9 +166,12 @@ def plans(
                 cell = Cell(variant, reward, seed)
                 if wanted(cell) and _possible(variant, reward, recipes, overrides):
                     tuned = (winners or {}).get(variant.tuned or "", ())
-                    settings = (f"reward={{name: {reward}}}", *grid.overrides, *variant.overrides, *tuned, *overrides)
-                    found.append(_plan(grid, cell, recipes / variant.recipe, settings))
-    samplers = {plan.run.sampler for plan in found}
+                    trained = variant.proxy[1] if variant.proxy else reward
+                    common = (*grid.overrides, *overrides, f"seed={seed}")
+                    settings = (f"reward={{name: {trained}}}", *variant.overrides, *tuned, *common)
+                    measured = Run.load(recipes / MEASURED, [f"reward={{name: {reward}}}", *common])
+                    found.append(_plan(grid, cell, recipes / variant.recipe, settings, measured=measured))
+    samplers = {run.sampler for plan in found for run in (plan.run, plan.measured)}
     if len(samplers) > 1:
         raise UserError(
             f"experiment {grid.name}: its variants are evaluated under different samplers, so they cannot be compared:"
@@ -179,6 +187,8 @@ def missing_recipes(grid: Grid, recipes: Path) -> list[str]:
 
 def _possible(variant: Variant, reward: str, recipes: Path, overrides: Sequence[str]) -> bool:
     """Whether the variant's recipe exists and its method can work with the reward."""
+    if variant.proxy and variant.proxy[0] != reward:
+        return False
     if not (recipes / variant.recipe).is_file():
         return False
     run = Run.load(recipes / variant.recipe, [*variant.overrides, *overrides])
@@ -186,19 +196,19 @@ def _possible(variant: Variant, reward: str, recipes: Path, overrides: Sequence[
     return not run.algorithm.needs_gradient or differentiable.get(reward) is not False
 
 
-def _plan(grid: Grid, cell: Cell, recipe: Path, settings: tuple[str, ...]) -> Plan:
-    settings = (*settings, f"seed={cell.seed}")
+def _plan(grid: Grid, cell: Cell, recipe: Path, settings: tuple[str, ...], *, measured: Run) -> Plan:
     run = Run.load(recipe, settings)
     algorithm, steps, batch = run.algorithm, run.sampler.steps, run.batch.trajectories
     cost = algorithm.cost(steps, algorithm.trained_steps(steps, noise=Noise(run.seed), update=0))
     updates = max(1, round(grid.budget / (cost.forwards * batch)))
     run = replace(run, updates=updates)
     trajectories = updates * batch
-    seen, every = evaluated_prompts(run)
-    chains = seen * grid.points + 2 * seen + 2 * every * run.eval.seeds
+    seen, every = _evaluated_prompts(measured)
+    chains = seen * grid.points + 2 * seen + 2 * every * measured.eval.seeds
     return Plan(
         cell,
         run,
+        measured,
         (*settings, f"updates={updates}"),
         forwards=cost.forwards * trajectories,
         backwards=cost.backwards * trajectories,
@@ -208,13 +218,17 @@ def _plan(grid: Grid, cell: Cell, recipe: Path, settings: tuple[str, ...]) -> Pl
     )
 
 
-def evaluated_prompts(run: Run) -> tuple[int, int]:
+def _evaluated_prompts(run: Run) -> tuple[int, int]:
     """How many prompts an evaluation has: the seen ones, and all."""
-    from tailorpo.prompts import load_prompts
-
     seen = len(load_prompts(run.eval.prompts_seen or run.prompts))
     unseen = len(load_prompts(run.eval.prompts_unseen)) if run.eval.prompts_unseen else 0
     return seen, seen + unseen
+
+
+def _evaluation(run: Run) -> dict[str, Any]:
+    """The sections of a run that say how it is evaluated."""
+    data = run.to_dict()
+    return {name: data[name] for name in ("seed", "reward", "prompts", "sampler", "eval")}
 
 
 def settings_of(run: Run) -> dict[str, Any]:

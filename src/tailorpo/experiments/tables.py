@@ -89,7 +89,7 @@ def _reward_table(grid: Grid, rows: dict[str, list[dict[str, Any]]]) -> str:
     lines = [_row(head), _row(["---"] * len(head))]
     every = [cell for cells in rows.values() for cell in cells]
     base = gains(_one_per_seed(every), side="base")
-    if grid.base and base is not None:
+    if base is not None:
         good = gains(_one_per_seed(every), measure="good", side="base")
         cells = [
             "base",
