@@ -3,9 +3,9 @@
     python benchmarks/demo_results.py runs/emoji_tailorpo_g [--note "one core, otherwise idle"]
 
 Writes benchmarks/results/demo_eval.json (eval.json without the lists of pictures), benchmarks/results/demo_time.json
-and docs/img/demo.webp: the eight evaluated pictures whose BASE picture scored lowest by the trained reward, at most one
-a prompt, chosen without a look at the aligned ones. The whole time is that between the first and the last file that
-the run wrote (run.yaml and report.html), so the run must not have been resumed, evaluated or reported again since.
+and docs/img/demo.webp: the first seed of twelve prompts, evenly spaced in the order of evaluation. The whole time is
+that between the first and the last file that the run wrote (run.yaml and report.html), so the run must not have been
+resumed, evaluated or reported again since.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tailorpo.errors import UserError
 from tailorpo.rundir import RunDirectory
 
 PICTURE = Path(__file__).parents[1] / "docs" / "img" / "demo.webp"
-SHOWN, SIDE, GAP = 8, 96, 6
+SHOWN, SIDE, GAP = 12, 64, 4
 
 
 def times(path: Path, evaluation: dict[str, Any]) -> dict[str, Any]:
@@ -43,23 +43,19 @@ def times(path: Path, evaluation: dict[str, Any]) -> dict[str, Any]:
 
 
 def picture(path: Path, evaluation: dict[str, Any]) -> list[str]:
-    """Draw the worst base pictures above the aligned ones from the same noise; returns their prompts."""
-
-    def score(shown: dict[str, Any]) -> float:
-        return shown["scores"]["reward"]["base"]
-
-    worst = [min(prompt["pictures"], key=score) for prompt in evaluation["prompts"]]
-    chosen = sorted(range(len(worst)), key=lambda index: score(worst[index]))[:SHOWN]
+    """Draw base pictures above the aligned ones from the same noise; returns their prompts."""
+    prompts = evaluation["prompts"]
+    chosen = [round(i * (len(prompts) - 1) / (SHOWN - 1)) for i in range(SHOWN)]
     sheet = Image.new("RGB", (SHOWN * (SIDE + GAP) - GAP, 2 * SIDE + GAP), "white")
     for column, index in enumerate(chosen):
         for row, side in enumerate(("base", "aligned")):
-            shown = Image.open(path / worst[index][side]).convert("RGB")
+            shown = Image.open(path / prompts[index]["pictures"][0][side]).convert("RGB")
             sheet.paste(
                 shown.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (column * (SIDE + GAP), row * (SIDE + GAP))
             )
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(PICTURE, quality=90)
-    return [evaluation["prompts"][index]["prompt"] for index in chosen]
+    return [prompts[index]["prompt"] for index in chosen]
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from miniature.sampling import sample
 from miniature.tokenizer import make_tokenizer
 from miniature.vae import pictures, psnr
 
-GUIDANCE = 2.0
+GUIDANCE = 1.5
 SCALES = (1.5, 2.0, 5.0)
 REFEREE = Source(stage="final", seed=4)
 """Makes the oracle that neither reward model learnt from."""
@@ -149,7 +149,7 @@ def sibling_gaps(
     both candidates share the noise of; its own noise limits the correlation that could be seen.
     """
     vae, rng = load_exported()[0], torch.Generator().manual_seed(31)
-    prompts = [c.prompt for c in CONCEPTS if c.group == "animal"] * each
+    prompts = [c.prompt for c in CONCEPTS if c.group == "animal"][: length(45, quick=5)] * each
     ids, found, futures = tokens(make_tokenizer(), prompts), {}, 3
     chain = sample(model, prompts, seed=500, guidance=guidance)
     alphas, n = make_scheduler().alphas_cumprod, len(prompts)
