@@ -92,7 +92,7 @@ def published_d3po(policy: Policy, pair: ChainPair, algorithm: D3PO) -> tuple[Te
     ],
 )
 def test_d3po_is_the_published_formula(tiny_policy: MakePolicy, algorithm: D3PO) -> None:
-    policy = tiny_policy(steps=4, moved=0.02)
+    policy = tiny_policy(steps=3, moved=0.02)
     outside: set[tuple[bool, ...]] = set()
     for pair in collect(policy, algorithm):
         expected, ratios = published_d3po(policy, pair, algorithm)
@@ -108,7 +108,7 @@ def test_d3po_is_the_published_formula(tiny_policy: MakePolicy, algorithm: D3PO)
 
 
 def test_what_d3po_logs_are_those_log_ratios_in_nats(tiny_policy: MakePolicy) -> None:
-    policy = tiny_policy(steps=4, moved=0.02)
+    policy = tiny_policy(steps=3, moved=0.02)
     for pair in collect(policy, D3PO()):
         std = policy.sampler.std(policy.schedule, pair.k)
         figures = pair.figures()
@@ -129,7 +129,7 @@ def test_what_d3po_logs_are_those_log_ratios_in_nats(tiny_policy: MakePolicy) ->
 
 def test_ddpo_is_ppos_clipped_surrogate_of_mean_log_probabilities(tiny_policy: MakePolicy) -> None:
     """Samples drawn before, losses after the policy has moved, every combination of side and sign of the advantage."""
-    policy, clip = tiny_policy(steps=4), 1e-4
+    policy, clip = tiny_policy(steps=3), 1e-4
     algorithm = DDPO(clip=clip)
     samples = collect(policy, algorithm)
     old = [sample.old_mean.clone() for sample in samples]
