@@ -79,9 +79,9 @@ class NoisedPairs:
         """What there is to log; `accuracy` is 1 where the policy denoises the winner better than the loser, both
         compared to the reference, and 1/2 where there is no difference."""
         return {
-            "accuracy": (torch.sign(self.logit) + 1) / 2,
-            "log_ratio_winner": -self.gain_winner / 2,
-            "log_ratio_loser": -self.gain_loser / 2,
+            "accuracy": (torch.sign(self.logit.detach()) + 1) / 2,
+            "log_ratio_winner": -self.gain_winner.detach() / 2,
+            "log_ratio_loser": -self.gain_loser.detach() / 2,
             "error_winner": self.error_winner,
             "error_loser": self.error_loser,
             "error_winner_reference": self.error_winner_reference,
