@@ -384,6 +384,9 @@ def experiment(
     states: Annotated[int | None, typer.Option(min=2, help="step-reward: states per step.")] = None,
     continuations: Annotated[int | None, typer.Option(min=2, help="step-reward: of each sibling.")] = None,
     pairs: Annotated[int | None, typer.Option(min=1, help="gradient-direction: pairs of trajectories.")] = None,
+    page: Annotated[
+        Path | None, typer.Option("--docs", help="Put the results into this page instead.", show_default=False)
+    ] = None,
     cell: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Run one of the paper's experiments.
@@ -396,12 +399,20 @@ def experiment(
       tailorpo experiment methods --dry-run        the cells, what they cost, what is finished
       tailorpo experiment methods --jobs 2         run them, two at a time
       tailorpo experiment methods --only 'tailorpo-g.*'
+      tailorpo experiment --docs docs/experiments.md
     """
     from tailorpo.experiments import command, conduct
     from tailorpo.experiments.grid import Grid
     from tailorpo.experiments.grid import quick as quick_
     from tailorpo.experiments.runner import Places
 
+    committed = Path("benchmarks/results/experiments")
+    if page is not None:
+        from tailorpo.experiments.docs import include
+
+        missing = include(page, results or committed)
+        typer.echo(f"{page} is up to date; not measured yet: {', '.join(missing) or 'nothing'}")
+        return
     if list_ or name is None:
         _console().print(command.experiment_table())
         return
@@ -410,7 +421,7 @@ def experiment(
     # What was not run as the catalogue says stays out of the committed results.
     sizes = {"states": states, "continuations": continuations, "pairs": pairs}
     changed = quick or settings or any(sizes.values())
-    written = results or (own / "results" if changed else Path("benchmarks/results/experiments"))
+    written = results or (own / "results" if changed else committed)
     places = Places(written, own)
     if not isinstance(found, Grid):
         start = conduct.settings_of(found, recipes=recipes, overrides=settings, sizes=sizes, smoke=quick)

@@ -127,6 +127,9 @@ class D3PO:
         beta: strength of the tie to the reference; of the mean over dimensions or of the sum, by `reduction`.
         reduction: "mean" as in the official code, or "sum", the log-ratio of the densities.
         clip: the ratio pi / pi_ref is clamped to 1 - clip .. 1 + clip, after the reduction; null for no clamp.
+        ranking: "trajectory", the finished pictures label every step; "step", each pair of steps is labelled by the
+            rewards of the predicted clean pictures of its two x_{k+1} (TailorPO's Eq. 12), although their inputs
+            differ: half of the way to TailorPO, for its ablation.
         update: "buffered", the official schedule: 40 forwards of sampling, 40 of the reference and 40 of the policy
             with 40 backwards per pair of 20 steps; "inline" keeps the sampling graph of all steps instead of the last
             40 forwards, in memory that grows with the number of steps.
@@ -139,6 +142,7 @@ class D3PO:
     beta: float = 0.1
     reduction: Reduction = "mean"
     clip: float | None = 0.1
+    ranking: Literal["trajectory", "step"] = "trajectory"
     update: Update = "buffered"
     inner_epochs: int = 1
     minibatch: int = 8
@@ -171,7 +175,7 @@ class D3PO:
             forwards=2 * steps + 2 * len(trained) * (1 + again),
             backwards=2 * len(trained) * self.inner_epochs,
             input_gradients=0,
-            reward_queries=2,
+            reward_queries=2 + (2 * sum(k + 1 < steps for k in trained) if self.ranking == "step" else 0),
         )
 
     def collect(
@@ -193,21 +197,35 @@ class D3PO:
             trajectories.latents.repeat(2, 1, 1, 1),
         )
         walk = walk_chains(policy, both, noise=noise, graph=lambda k: inline and k in trained, on_step=on_step)
-        chain = [each for each in walk if each.k in trained and each.step.gaussian.std > 0]
+        walked = list(walk)
+        clean = [each.step.x0.detach() for each in walked] if self.ranking == "step" else []
+        chain = [each for each in walked if each.k in trained and each.step.gaussian.std > 0]
+        del walked
         with torch.no_grad():
             pictures = policy.model.decode(both.latents)
             reward = score(pictures, both.prompts)
         trajectories.reward = reward
-        order = reward.view(2, batch).nan_to_num(nan=-torch.inf)
-        winner = (order[1] > order[0]).long()
         rows = torch.arange(batch, device=reward.device)
-        sides = torch.cat([winner * batch + rows, (1 - winner) * batch + rows])
+
+        def ordered(label: Tensor) -> Tensor:
+            order = label.view(2, batch).nan_to_num(nan=-torch.inf)
+            winner = (order[1] > order[0]).long()
+            return torch.cat([winner * batch + rows, (1 - winner) * batch + rows])
+
+        def label(k: int) -> Tensor:
+            """The rewards that rank step k; the walk's next evaluation has predicted the clean latents of x_{k+1}."""
+            if self.ranking == "trajectory" or k + 1 == policy.schedule.steps:
+                return reward
+            with torch.no_grad():
+                return score(policy.model.decode(clean[k + 1]), both.prompts)
 
         def paired(x: Tensor) -> Tensor:
             return x[sides].view(2, batch, *x.shape[1:]).transpose(0, 1)
 
         while chain:
             at = chain.pop(0)
+            rewards = label(at.k)
+            sides = ordered(rewards)
             reference = policy.reference_step(at.latents, at.k, both.cond)
             gaussian = at.step.detach().gaussian
             yield ChainPair(
@@ -217,7 +235,7 @@ class D3PO:
                 latents=paired(at.latents),
                 next_latents=paired(at.next_latents),
                 reference_mean=paired(reference.mean),
-                reward=paired(reward),
+                reward=paired(rewards),
                 log_ratio=paired(gaussian.log_ratio(at.next_latents, reference)),
                 kl=paired(gaussian.kl(reference)),
                 step=at.step.rows(sides) if inline else None,

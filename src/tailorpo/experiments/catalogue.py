@@ -31,6 +31,16 @@ SPO_AWARE = Variant(
 """SPO as in its paper, with a preference model that was trained on noisy steps; the others, and SPO above, score the
 predicted clean picture."""
 
+ABLATION = (
+    Variant(name="ranking trajectories (D3PO)", recipe="emoji_d3po.yaml", tuned="D3PO"),
+    Variant(name="ranking steps", recipe="emoji_d3po.yaml", overrides=("algorithm.ranking=step",), tuned="D3PO"),
+    Variant(name="+ same input (TailorPO)", recipe="emoji_tailorpo.yaml", tuned="TailorPO"),
+    Variant(name="+ guidance (TailorPO-G)", recipe="emoji_tailorpo_g.yaml", tuned="TailorPO-G"),
+)
+"""What TailorPO adds to D3PO, one thing after the other. Ranking steps is D3PO's two chains, each pair of steps
+labelled by the step reward of x_{k+1}. From there to TailorPO the loss changes too (sum in place of the mean, no
+clamp) and five steps are trained in place of twenty."""
+
 LEARNING_RATES = ("3e-4", "1e-3", "3e-3")
 KNOBS: dict[str, tuple[str, tuple[str, ...]]] = {
     "DDPO": ("algorithm.clip", ("1e-4", "1e-3")),
@@ -88,7 +98,7 @@ GRIDS = (
             "eval.judge=null",
             "eval.seeds=2",
         ),
-        reference="TailorPO-G, lr 1e-3, k 2",
+        reference=None,
         points=3,
     ),
     Grid(
@@ -101,6 +111,18 @@ GRIDS = (
         budget=16_800,
         overrides=EVALUATION,
         reference="TailorPO-G",
+    ),
+    Grid(
+        name="ablation",
+        question="What does each part contribute: ranking steps, the same input, guidance?",
+        paper="Table 10",
+        statistic="interquartile mean of the gain over seeds and prompts",
+        variants=ABLATION,
+        seeds={PREFERENCE: (1, 2, 3, 4, 5), COLOUR: (1, 2, 3)},
+        budget=16_800,
+        overrides=EVALUATION,
+        reference="+ guidance (TailorPO-G)",
+        points=3,
     ),
     Grid(
         name="train-steps",

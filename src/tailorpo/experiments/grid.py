@@ -56,7 +56,7 @@ class Grid:
         seeds: reward -> training seeds.
         budget: guided network evaluations of one cell's training.
         overrides: settings that every cell replaces.
-        reference: the variant that the others are compared with.
+        reference: the variant that the others are compared with; None for no such table.
         points: evaluations on the way, for learning curves.
     """
 
@@ -68,7 +68,7 @@ class Grid:
     seeds: dict[str, tuple[int, ...]]
     budget: int
     overrides: tuple[str, ...] = ()
-    reference: str
+    reference: str | None
     points: int = 6
 
 
@@ -191,7 +191,9 @@ def _possible(variant: Variant, reward: str, recipes: Path, overrides: Sequence[
         return False
     if not (recipes / variant.recipe).is_file():
         return False
-    run = Run.load(recipes / variant.recipe, [*variant.overrides, *overrides])
+    # Under a reward that has a gradient, since only then any method loads.
+    trained = variant.proxy[1] if variant.proxy else "brightness"
+    run = Run.load(recipes / variant.recipe, [f"reward={{name: {trained}}}", *variant.overrides, *overrides])
     differentiable = {info.name: info.differentiable for info in describe_rewards()}
     return not run.algorithm.needs_gradient or differentiable.get(reward) is not False
 

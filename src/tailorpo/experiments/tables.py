@@ -137,7 +137,7 @@ def _reward_table(grid: Grid, rows: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _comparison(grid: Grid, rows: dict[str, list[dict[str, Any]]]) -> str | None:
-    reference = rows.get(grid.reference)
+    reference = rows.get(grid.reference or "")
     if reference is None or len(rows) < 2 or max(map(len, rows.values())) < 2:
         return None
     head = [f"{grid.reference} against", "difference of the gain", "P(improvement)", "seeds won", "judge, difference"]
