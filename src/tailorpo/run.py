@@ -70,7 +70,8 @@ class Batch:
     Attributes:
         trajectories: trajectories per update.
         micro: how many of them go through the network at once; their gradients are added up, so that this changes
-            memory and speed, not the result.
+            memory and speed, not the result. Only under a buffered update, whose minibatches are cut from these
+            batches, does it also decide which rows train together.
     """
 
     trajectories: Positive = 8
