@@ -209,6 +209,8 @@ class Session:
         self.policy.evaluations = int(checkpoint.state["evaluations"])
         self.score.queries = int(checkpoint.state["reward_queries"])
         self.memory = dict(checkpoint.state["memory"])
+        # A kill between a checkpoint and its LoRA file leaves the file of the checkpoint before.
+        export_lora(self.policy.model, self.directory.path / "lora")
         return checkpoint.update
 
     def _on_step(self, first: int) -> Callable[[int], None]:

@@ -145,6 +145,21 @@ def test_killed_again_and_again_a_run_ends_with_the_same_bits(
     assert not list(run.rglob("*.tmp"))
 
 
+def test_a_kill_between_a_checkpoint_and_its_lora_file_is_made_good(
+    uninterrupted: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    recipe, expected = uninterrupted
+    run = tmp_path / "run"
+    lora = run / "lora" / "pytorch_lora_weights.safetensors"
+    assert tailorpo("train", recipe, "updates=4", "--out", run).exit_code == 0
+    older = lora.read_bytes()
+    assert tailorpo("resume", run, f"updates={UPDATES}").exit_code == 0
+    lora.write_bytes(older)
+    result = tailorpo("resume", run)
+    assert result.exit_code == 0, result.output
+    assert lora.read_bytes() == expected["lora"] != older
+
+
 def test_a_damaged_checkpoint_is_named_and_costs_only_the_updates_since_the_one_before(
     uninterrupted: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
