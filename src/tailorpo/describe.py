@@ -11,13 +11,25 @@ from rich import box
 from rich.table import Table
 
 from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
+from tailorpo.algorithms.spo import SPO
 from tailorpo.algorithms.tailorpo import TailorPO
 from tailorpo.models.sd import BUNDLED, model_folder
 from tailorpo.noise import Noise
 from tailorpo.run import Run
 
 # One training step from the loop inwards; what the run's own sections add is found from their classes.
-_LOOP = ("train", "rollout", "policy", "gaussian_step", "objectives", "step_rewards", "schedule", "prediction", "noise")
+_LOOP = (
+    "train",
+    "rollout",
+    "policy",
+    "gaussian_step",
+    "objectives",
+    "step_rewards",
+    "schedule",
+    "prediction",
+    "noise",
+    "algorithms.base",
+)
 
 
 def cost_table(run: Run) -> Table:
@@ -54,6 +66,8 @@ def path_table(run: Run) -> Table:
     guidance = run.algorithm.guidance if isinstance(run.algorithm, TailorPO) else None
     sections = [run.algorithm, run.sampler, guidance, *(entry.reward for entry in run.reward)]
     names = [*(f"tailorpo.{name}" for name in _LOOP), f"tailorpo.models.{run.model.family}"]
+    if isinstance(run.algorithm, TailorPO | SPO):
+        names.append("tailorpo.algorithms.pairs")
     names += [type(section).__module__ for section in sections if section is not None]
     files = sorted({Path(str(sys.modules[name].__file__)) for name in _imported(names)})
     root = Path(__file__).parent.parent
