@@ -6,6 +6,7 @@ from miniature.diffusion import export, train_diffusion
 from miniature.evaluate import evaluate
 from miniature.prompts import write_prompts
 from miniature.rewards import JUDGE, PREFERENCE, train_rewards
+from miniature.step_preference import train_step_preference
 from miniature.vae import polish_decoder, train_vae
 
 
@@ -18,6 +19,7 @@ def main() -> None:
     export()
     for recipe in (PREFERENCE, JUDGE):
         train_rewards(recipe)
+    train_step_preference()
     evaluate()
 
 

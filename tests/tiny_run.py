@@ -18,7 +18,7 @@ def settings(model_path: Path | str, /, **changes: Any) -> dict[str, Any]:
         "checkpoint_every": 1,
         "model": {"path": str(model_path), "lora": {"rank": 2}},
         "sampler": {"steps": 4, "guidance_scale": 2.0},
-        "algorithm": {"train_steps": 2},
+        "algorithm": {"name": "tailorpo", "train_steps": 2},
         "reward": {"name": "brightness"},
         "prompts": {"list": ["a cat", "a dog", "a horse"]},
         "optimizer": {"lr": 1e-3},

@@ -18,6 +18,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tailorpo.algorithms.d3po import D3PO
+    from tailorpo.algorithms.ddpo import DDPO
+    from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
+    from tailorpo.algorithms.reward_backprop import RewardBackprop
+    from tailorpo.algorithms.spo import SPO
     from tailorpo.algorithms.tailorpo import Steps, TailorPO
     from tailorpo.errors import (
         CheckpointError,
@@ -42,10 +47,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "D3PO",
     "DDIM",
+    "DDPO",
+    "SPO",
     "Batch",
     "CheckpointError",
     "CustomReward",
+    "DiffusionDPO",
     "DivergedError",
     "Eval",
     "LoRA",
@@ -54,6 +63,7 @@ __all__ = [
     "Optimizer",
     "Policy",
     "PromptsConfig",
+    "RewardBackprop",
     "RewardEntry",
     "RewardError",
     "Run",
@@ -71,6 +81,11 @@ __all__ = [
 ]
 
 _MODULES = {
+    "algorithms.d3po": ("D3PO",),
+    "algorithms.ddpo": ("DDPO",),
+    "algorithms.diffusion_dpo": ("DiffusionDPO",),
+    "algorithms.reward_backprop": ("RewardBackprop",),
+    "algorithms.spo": ("SPO",),
     "algorithms.tailorpo": ("Steps", "TailorPO"),
     "errors": (
         "CheckpointError",

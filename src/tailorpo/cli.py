@@ -268,6 +268,46 @@ def sample(
 
 @app.command()
 @_polite
+def pairs(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="The folder for pairs.jsonl and the pictures.")] = Path("pairs"),
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompts",
+            help="A prompt, a file of prompts or a bundled list; may be repeated.",
+            show_default="the recipe's",
+        ),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Pairs per prompt.")] = 4,
+    device: Device = None,
+) -> None:
+    """Make a data set of preference pairs, for Diffusion-DPO.
+
+    The recipe's base model draws two pictures from the same prompt; its reward says which is better.
+
+    \b
+    Examples:
+      tailorpo pairs recipes/emoji_diffusion_dpo.yaml --out runs/emoji-pairs
+      tailorpo pairs recipes/emoji_tailorpo.yaml reward.name=colourfulness --prompts animals --count 2 --out pairs
+    """
+    from tailorpo.pair_drawing import draw_pairs
+    from tailorpo.prompts import load_prompts
+    from tailorpo.run import Run
+    from tailorpo.sampling import prompt_texts
+
+    _use(device)
+    run = Run.load(_run_file(recipe), overrides or (), files=False)  # the pairs it may name are yet to be made
+    texts = [text for prompt in prompts for text in prompt_texts(prompt)] if prompts else load_prompts(run.prompts)
+    with _display(None) as reporter:
+        drawn = draw_pairs(run, texts, count=count, out=out, reporter=reporter)
+    typer.echo(f"left out: {drawn.ties} pairs with equal rewards, {drawn.invalid} with a reward that is not finite")
+    typer.echo(f"{drawn.pairs} pairs: {drawn.path}")
+
+
+@app.command()
+@_polite
 def show(recipe: Recipe, overrides: Overrides = None) -> None:
     """Show settings, cost and code path of a recipe.
 
@@ -316,6 +356,99 @@ def models() -> None:
     from tailorpo.describe import model_table
 
     _console().print(model_table())
+
+
+@app.command()
+@_polite
+def experiment(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Which; --list shows them.")] = None,
+    overrides: Overrides = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the experiments.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the cells and what they cost; run nothing.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time; each is a process with one thread.")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="One update of every variant, as a smoke test.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Only these cells, e.g. 'tailorpo*'; may be repeated.")
+    ] = None,
+    recipes: Annotated[Path, typer.Option(help="The folder of the recipes.")] = Path("recipes"),
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            help="The folder of the results.",
+            show_default="benchmarks/results/experiments; below --work with --quick or overrides",
+        ),
+    ] = None,
+    work: Annotated[Path, typer.Option(help="The folder of the runs.")] = Path("runs/experiments"),
+    states: Annotated[int | None, typer.Option(min=2, help="step-reward: states per step.")] = None,
+    continuations: Annotated[int | None, typer.Option(min=2, help="step-reward: of each sibling.")] = None,
+    pairs: Annotated[int | None, typer.Option(min=1, help="gradient-direction: pairs of trajectories.")] = None,
+    page: Annotated[
+        Path | None, typer.Option("--docs", help="Put the results into this page instead.", show_default=False)
+    ] = None,
+    cell: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Run one of the paper's experiments.
+
+    Finished cells are skipped; one that was stopped goes on from its checkpoint.
+
+    \b
+    Examples:
+      tailorpo experiment --list
+      tailorpo experiment methods --dry-run        the cells, what they cost, what is finished
+      tailorpo experiment methods --jobs 2         run them, two at a time
+      tailorpo experiment methods --only 'tailorpo-g.*'
+      tailorpo experiment --docs docs/experiments.md
+    """
+    from tailorpo.experiments import command, conduct
+    from tailorpo.experiments.grid import Grid
+    from tailorpo.experiments.grid import quick as quick_
+    from tailorpo.experiments.runner import Places
+
+    committed = Path("benchmarks/results/experiments")
+    if page is not None:
+        from tailorpo.experiments.docs import include
+
+        missing = include(page, results or committed)
+        typer.echo(f"{page} is up to date; not measured yet: {', '.join(missing) or 'nothing'}")
+        return
+    if list_ or name is None:
+        _console().print(command.experiment_table())
+        return
+    found, settings = conduct.find(name), tuple(overrides or ())
+    own = work / "quick" if quick else work
+    # What was not run as the catalogue says stays out of the committed results.
+    sizes = {"states": states, "continuations": continuations, "pairs": pairs}
+    changed = quick or settings or any(sizes.values())
+    written = results or (own / "results" if changed else committed)
+    places = Places(written, own)
+    if not isinstance(found, Grid):
+        start = conduct.settings_of(found, recipes=recipes, overrides=settings, sizes=sizes, smoke=quick)
+        command.print_measurement(found, start, _console())
+        if not dry_run:
+            with _display(None) as reporter:
+                conduct.run_measurement(found, start, places, reporter=reporter)
+            typer.echo(f"results: {written / name}.json, .md and .webp")
+        return
+    if any(sizes.values()):
+        raise UserError(f"{name} is a grid of training runs; --states, --continuations and --pairs are not for it")
+    grid = conduct.Conduct(
+        grid=quick_(found) if quick else found,
+        places=places,
+        recipes=recipes,
+        overrides=settings,
+        only=tuple(only or ()),
+    )
+    if cell is not None:
+        with _display(None) as reporter:
+            grid.run_one(cell, reporter=reporter)
+    elif dry_run:
+        command.print_plan(grid, _console())
+    else:
+        folders = ["--recipes", str(recipes), "--results", str(written), "--work", str(work)]
+        arguments = [*settings, *folders, *(["--quick"] if quick else [])]
+        command.run(grid, jobs=jobs, console=_console(), arguments=arguments)
 
 
 def _train(run: Run, directory: RunDirectory) -> None:

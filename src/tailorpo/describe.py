@@ -10,29 +10,49 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
+from tailorpo.algorithms.spo import SPO
+from tailorpo.algorithms.tailorpo import TailorPO
 from tailorpo.models.sd import BUNDLED, model_folder
 from tailorpo.noise import Noise
 from tailorpo.run import Run
 
 # One training step from the loop inwards; what the run's own sections add is found from their classes.
-_LOOP = ("train", "rollout", "policy", "gaussian_step", "objectives", "step_rewards", "schedule", "prediction", "noise")
+_LOOP = (
+    "train",
+    "rollout",
+    "policy",
+    "gaussian_step",
+    "objectives",
+    "step_rewards",
+    "schedule",
+    "prediction",
+    "noise",
+    "algorithms.base",
+)
 
 
 def cost_table(run: Run) -> Table:
     """Network evaluations of one trajectory, one update and the whole run."""
     trained = run.algorithm.trained_steps(run.sampler.steps, noise=Noise(run.seed), update=0)
     cost = run.algorithm.cost(run.sampler.steps, trained)
+    # Without guidance a forward is worth as much less as fewer latents go through the network.
+    worth = 1 if cost.guided else run.sampler.evaluations_per_forward
     rows = (
-        ("guided forwards", cost.forwards, "one latent through the network, with classifier-free guidance"),
-        ("backwards", cost.backwards, "for the loss"),
+        ("guided forwards", cost.forwards // worth, "one latent through the network, with classifier-free guidance"),
+        ("backwards", cost.backwards // worth, "for the loss"),
         ("input gradients", cost.input_gradients, "back to a latent, for reward guidance"),
         ("reward queries", cost.reward_queries, "pictures decoded and scored"),
     )
     steps = ", ".join(map(str, trained))
-    drawn = " (drawn anew for every update; here the first)" if run.algorithm.offset == "random" else ""
-    table = _table(f"Cost; trained steps {steps} of 0 to {run.sampler.steps - 1}{drawn}")
+    redrawn = isinstance(run.algorithm, TailorPO) and run.algorithm.offset == "random"
+    drawn = " (drawn anew for every update; here the first)" if redrawn else ""
+    offline = isinstance(run.algorithm, DiffusionDPO)
+    when = "a random time for each pair" if offline else f"trained steps {steps} of 0 to {run.sampler.steps - 1}{drawn}"
+    table, unit = _table(f"Cost; {when}"), "pair" if offline else "trajectory"
     table.add_column("")
-    for name in ("trajectory", f"update ({run.batch.trajectories} trajectories)", f"run ({run.updates} updates)"):
+    plural = "pairs" if offline else "trajectories"
+    for name in (unit, f"update ({run.batch.trajectories} {plural})", f"run ({run.updates} updates)"):
         table.add_column(name, justify="right")
     table.add_column("")
     for name, number, meaning in rows:
@@ -43,8 +63,11 @@ def cost_table(run: Run) -> Table:
 
 def path_table(run: Run) -> Table:
     """The source files that one training step of this run passes through, with their lines."""
-    sections = [run.algorithm, run.sampler, run.algorithm.guidance, *(entry.reward for entry in run.reward)]
+    guidance = run.algorithm.guidance if isinstance(run.algorithm, TailorPO) else None
+    sections = [run.algorithm, run.sampler, guidance, *(entry.reward for entry in run.reward)]
     names = [*(f"tailorpo.{name}" for name in _LOOP), f"tailorpo.models.{run.model.family}"]
+    if isinstance(run.algorithm, TailorPO | SPO):
+        names.append("tailorpo.algorithms.pairs")
     names += [type(section).__module__ for section in sections if section is not None]
     files = sorted({Path(str(sys.modules[name].__file__)) for name in _imported(names)})
     root = Path(__file__).parent.parent

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tailorpo.algorithms.tailorpo import Pair
+from tailorpo.algorithms.base import Sample
 from tailorpo.files import atomic_write
 from tailorpo.images import save_png
 
@@ -33,30 +33,35 @@ class PairGallery:
         self._times = times
         self._entries: list[dict[str, Any]] = []
 
-    def add(self, pair: Pair, *, first_trajectory: int) -> None:
+    def add(self, sample: Sample, *, first_trajectory: int) -> None:
         """Record the pairs of a batch that belong to the update's first trajectories; `first_trajectory` is row 0's
         number."""
-        for row in range(min(len(pair.prompts), TRAJECTORIES - first_trajectory)):
-            stem = f"trajectory-{first_trajectory + row}-step-{pair.k:02d}"
+        shown = sample.shown()
+        if shown is None or sample.k is None:
+            return
+        for row in range(min(len(shown.prompts), TRAJECTORIES - first_trajectory)):
+            stem = f"trajectory-{first_trajectory + row}-step-{sample.k:02d}"
             files = {"winner": f"{stem}-winner.png", "loser": f"{stem}-loser.png"}
             self._folder.mkdir(parents=True, exist_ok=True)
-            save_png(pair.pictures_winner[row].cpu(), self._folder / files["winner"])
-            save_png(pair.pictures_loser[row].cpu(), self._folder / files["loser"])
+            save_png(shown.winner[row].cpu(), self._folder / files["winner"])
+            save_png(shown.loser[row].cpu(), self._folder / files["loser"])
             self._entries.append(
                 {
-                    "prompt": pair.prompts[row],
+                    "prompt": shown.prompts[row],
                     "trajectory": first_trajectory + row,
-                    "k": pair.k,
-                    "time": int(self._times[pair.k]),
-                    "reward_winner": _number(pair.reward_winner[row]),
-                    "reward_loser": _number(pair.reward_loser[row]),
-                    "guided": bool(pair.push[row] > 0),
+                    "k": sample.k,
+                    "time": int(self._times[sample.k]),
+                    "reward_winner": _number(shown.reward_winner[row]),
+                    "reward_loser": _number(shown.reward_loser[row]),
+                    "guided": bool(shown.guided[row]),
                     **files,
                 }
             )
 
     def save(self) -> None:
-        """Write the list beside its pictures."""
+        """Write the list beside its pictures, if there are any."""
+        if not self._entries:
+            return
         entries = sorted(self._entries, key=lambda entry: (entry["trajectory"], entry["k"]))
         atomic_write(self._folder / "pairs.json", json.dumps(entries, indent=1))
 

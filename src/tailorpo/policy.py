@@ -40,18 +40,33 @@ class PolicyStep:
 class Policy:
     """A model under a sampler: the Markov decision process of denoising.
 
-    Args:
+    Attributes:
         model: the network with its adapter.
         sampler: how a prediction becomes a step.
+        evaluations: latents that went through the network so far; those of a guided forward count twice.
     """
 
     def __init__(self, model: DiffusionModel, sampler: DDIM) -> None:
         self.model = model
         self.sampler = sampler
+        self.evaluations = 0
         self.schedule = model.schedule(sampler.steps)
+
+    @property
+    def forwards(self) -> int:
+        """The same in the unit of every cost: forwards of one latent under the run's own guidance. Two evaluations
+        without guidance are one guided forward."""
+        return self.evaluations // self.sampler.evaluations_per_forward
+
+    def predict_plain(self, latents: Tensor, times: Tensor, cond: Conditioning) -> Tensor:
+        """The network's output without guidance, (B, C, h, w), at one training time for each row, (B,): what the
+        model was trained with."""
+        self.evaluations += len(latents)
+        return self.model.predict(latents, times, cond, guidance_scale=1.0)
 
     def step(self, latents: Tensor, k: int, cond: Conditioning) -> PolicyStep:
         """Step k from x_k = latents (B, C, h, w), float32; gradients flow where they are enabled."""
+        self.evaluations += len(latents) * self.sampler.evaluations_per_forward
         output = self.model.predict(
             latents, int(self.schedule.time[k]), cond, guidance_scale=self.sampler.guidance_scale
         )

@@ -27,3 +27,10 @@ def to_x0_and_epsilon(
     if kind == "v_prediction":
         return alpha * x - sigma * output, sigma * x + alpha * output
     return output, (x - alpha * output) / sigma
+
+
+def training_target(x0: Tensor, epsilon: Tensor, *, alpha: Tensor, sigma: Tensor, kind: PredictionType) -> Tensor:
+    """What the network was trained to give at x = alpha x0 + sigma epsilon; alpha and sigma broadcast."""
+    if kind == "epsilon":
+        return epsilon
+    return alpha * epsilon - sigma * x0 if kind == "v_prediction" else x0

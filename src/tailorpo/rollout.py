@@ -1,6 +1,6 @@
 """Sampling: two visible loops over the denoising steps.
 
-`rollout_chains` draws one latent per step: plain sampling. `rollout_branches` draws several candidates from the same
+`walk_chains` draws one latent per step: plain sampling. `rollout_branches` draws several candidates from the same
 x_k at the trained steps, scores them, and continues from the one that the algorithm chooses.
 
 What a branching rollout costs, in guided network evaluations of one latent (F): K_all for the walk, and at each
@@ -33,12 +33,14 @@ class Trajectories:
         cond: the same, encoded.
         keys: the noise stream of each trajectory; nothing else decides what it draws.
         latents: the current x_k, (B, C, h, w) float32.
+        reward: of the finished pictures, (B,), where a method has scored them; NaN where it finished none.
     """
 
     prompts: Sequence[str]
     cond: Conditioning
     keys: Sequence[tuple[Key, ...]]
     latents: Tensor
+    reward: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -53,19 +55,47 @@ def start_trajectories(
     return Trajectories(prompts, model.encode(prompts), keys, initial)
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class ChainStep:
+    """One step of plain sampling: from `latents`, x_k (B, C, h, w), to `next_latents` by the Gaussian of `step`."""
+
+    k: int
+    latents: Tensor
+    step: PolicyStep
+    next_latents: Tensor
+
+
+def walk_chains(
+    policy: Policy,
+    trajectories: Trajectories,
+    *,
+    noise: Noise,
+    graph: Callable[[int], bool] = lambda k: False,
+    on_step: Callable[[int], None] | None = None,
+) -> Iterator[ChainStep]:
+    """Sample to the end and yield every step; `graph` says at which steps the network's graph is kept.
+
+    The graph of one step does not reach into the step before: every x_k is a constant.
+    """
+    for k in range(policy.schedule.steps):
+        x = trajectories.latents
+        with torch.set_grad_enabled(graph(k)):
+            step = policy.step(x, k, trajectories.cond)
+        with torch.no_grad():
+            drawn = step.gaussian.sample(step_noise(noise, trajectories, k, like=x))
+        trajectories.latents = drawn
+        yield ChainStep(k, x, step, drawn)
+        if on_step:
+            on_step(k + 1)
+
+
 def rollout_chains(
     policy: Policy, trajectories: Trajectories, *, noise: Noise, on_step: Callable[[int], None] | None = None
 ) -> Tensor:
     """Sample to the end and return the finished latents, (B, C, h, w)."""
-    x = trajectories.latents
-    for k in range(policy.schedule.steps):
-        step = policy.step(x, k, trajectories.cond)
-        x = step.gaussian.sample(_step_noise(noise, trajectories, k, like=x))
-        if on_step:
-            on_step(k + 1)
-    trajectories.latents = x
-    return x
+    for _ in walk_chains(policy, trajectories, noise=noise, on_step=on_step):
+        pass
+    return trajectories.latents
 
 
 @torch.no_grad()
@@ -164,7 +194,7 @@ def rollout_branches(
                 step = policy.step(x, k, cond)
         if branching:
             noises = torch.stack(
-                [_step_noise(noise, trajectories, k, "candidate", j, like=x) for j in range(candidates)]
+                [step_noise(noise, trajectories, k, "candidate", j, like=x) for j in range(candidates)]
             )
             scored = score_latents(
                 policy,
@@ -180,11 +210,12 @@ def rollout_branches(
             yield decision
             del decision
         else:
-            trajectories.latents = step.gaussian.sample(_step_noise(noise, trajectories, k, like=x))
+            trajectories.latents = step.gaussian.sample(step_noise(noise, trajectories, k, like=x))
             step = None
         if on_step:
             on_step(k + 1)
 
 
-def _step_noise(noise: Noise, trajectories: Trajectories, k: int, *suffix: Key, like: Tensor) -> Tensor:
+def step_noise(noise: Noise, trajectories: Trajectories, k: int, *suffix: Key, like: Tensor) -> Tensor:
+    """The noise of step k, (B, *like.shape[1:]), from each trajectory's own stream."""
     return noise.normals(like.shape[1:], trajectories.keys, "step", k, *suffix).to(like.device)

@@ -21,12 +21,19 @@ import yaml
 from pydantic import Field
 
 from tailorpo import __version__
+from tailorpo.algorithms.base import Algorithm
+from tailorpo.algorithms.d3po import D3PO
+from tailorpo.algorithms.ddpo import DDPO
+from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
+from tailorpo.algorithms.reward_backprop import RewardBackprop
+from tailorpo.algorithms.spo import SPO
 from tailorpo.algorithms.tailorpo import TailorPO
 from tailorpo.errors import RunFileError, UserError
 from tailorpo.models import ModelConfig
 from tailorpo.optimizer import Optimizer
+from tailorpo.pair_dataset import pair_problems
 from tailorpo.prompts import PromptsConfig, load_prompts
-from tailorpo.rewards import RewardConfig, RewardEntry
+from tailorpo.rewards import EmojiStepPreference, RewardConfig, RewardEntry
 from tailorpo.samplers import DDIM
 from tailorpo.settings import Binder, check_fields, did_you_mean, plain
 from tailorpo.yaml_tree import Tree, override, read_yaml
@@ -49,6 +56,9 @@ RESUMABLE = ("updates", "checkpoint_every", "eval", "trackers")
 
 _MAX_BYTES = 1_000_000
 
+Method = TailorPO | D3PO | DDPO | SPO | RewardBackprop | DiffusionDPO
+"""What `algorithm` can be, told apart by `name`."""
+
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 
@@ -60,7 +70,8 @@ class Batch:
     Attributes:
         trajectories: trajectories per update.
         micro: how many of them go through the network at once; their gradients are added up, so that this changes
-            memory and speed, not the result.
+            memory and speed, not the result. Only under a buffered update, whose minibatches are cut from these
+            batches, does it also decide which rows train together.
     """
 
     trajectories: Positive = 8
@@ -113,7 +124,7 @@ class Run:
     checkpoint_every: Positive = 10
     model: ModelConfig
     sampler: DDIM = field(default_factory=DDIM)
-    algorithm: TailorPO = field(default_factory=TailorPO)
+    algorithm: Method = field(default_factory=TailorPO)
     reward: tuple[RewardEntry, ...]
     on_invalid_reward: Literal["stop", "skip"] = "stop"
     prompts: PromptsConfig
@@ -228,7 +239,7 @@ def _make_absolute(data: Any) -> None:
     elif isinstance(data, dict):
         mapping = cast(dict[str, Any], data)
         for key, value in mapping.items():
-            if key in ("path", "file") and isinstance(value, str) and Path(value).expanduser().exists():
+            if key in ("path", "file", "pairs") and isinstance(value, str) and Path(value).expanduser().exists():
                 mapping[key] = str(Path(value).expanduser().resolve())
             elif key != "args":
                 _make_absolute(value)
@@ -266,18 +277,29 @@ def _impossible(values: Mapping[str, Any]) -> list[str]:
     """Combinations of sections that cannot work; sections with mistakes of their own are not in `values`."""
     problems: list[str] = []
     rewards: tuple[RewardEntry, ...] | None = values.get("reward")
-    algorithm: TailorPO | None = values.get("algorithm")
+    algorithm: Algorithm | None = values.get("algorithm")
     if rewards is not None and not rewards:
         problems.append("reward: an empty list; name at least one")
     if algorithm is not None and "sampler" in values and "model" in values:
         try:
             # A reward of the user's own has to be imported to know, so that is only asked where it matters.
-            ask = algorithm.guidance is not None and rewards is not None
+            ask = algorithm.needs_gradient and rewards is not None
             differentiable = not ask or all(entry.reward.differentiable for entry in rewards or ())
             lora = values["model"].lora is not None
             problems += algorithm.problems(sampler=values["sampler"], differentiable=differentiable, lora=lora)
         except UserError as error:
             problems.append(f"reward: {error}")
+    if isinstance(algorithm, SPO) and rewards:
+        aware = any(isinstance(entry.reward, EmojiStepPreference) for entry in rewards)
+        if aware != (algorithm.step_reward == "aware"):
+            problems.append(
+                f"algorithm.step_reward is {algorithm.step_reward}, but "
+                + (
+                    "the reward emoji_step_preference is told the time: say aware"
+                    if aware
+                    else "no reward is told the time: take emoji_step_preference, or say predicted"
+                )
+            )
     batch: Batch | None = values.get("batch")
     if batch is not None and batch.micro > batch.trajectories:
         problems.append(f"batch.micro is {batch.micro}, more than the {batch.trajectories} of batch.trajectories")
@@ -302,6 +324,8 @@ def _missing(value: Any, name: str) -> list[str]:
         except UserError as error:
             return [f"{name}: {error}"]
         return []
+    if isinstance(value, DiffusionDPO):
+        return [f"{name}.pairs: {value.pairs}: {each}" for each in pair_problems(Path(value.pairs).expanduser())]
     if isinstance(value, RewardEntry):
         return _missing(value.reward, name)
     if isinstance(value, tuple):

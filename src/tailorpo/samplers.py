@@ -47,6 +47,11 @@ class DDIM:
         if not self.guidance_scale >= 1:
             raise ValueError(f"guidance_scale must be at least 1 (1 is no guidance), got {self.guidance_scale}")
 
+    @property
+    def evaluations_per_forward(self) -> int:
+        """Latents that go through the network for one forward of one latent: two with guidance, one without."""
+        return 1 if self.guidance_scale == 1 else 2
+
     def std(self, schedule: Schedule, k: int) -> float:
         """Standard deviation of step k."""
         a, a_next = float(schedule.alpha[k]) ** 2, float(schedule.alpha[k + 1]) ** 2

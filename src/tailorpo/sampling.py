@@ -52,7 +52,7 @@ def draw(
     Raises:
         UserError: there is no such model, LoRA or prompt file.
     """
-    texts = [text for prompt in prompts for text in _prompts(prompt)]
+    texts = [text for prompt in prompts for text in prompt_texts(prompt)]
     config, sampler, adapter = _model(source, lora=lora, base=base)
     sampler = replace(
         sampler,
@@ -81,8 +81,8 @@ def draw(
     return save_png(sheet, out / "contact_sheet.png"), len(jobs)
 
 
-def _prompts(text: str) -> tuple[str, ...]:
-    """A bundled list by name, the lines of a file, or the text itself as a prompt."""
+def prompt_texts(text: str) -> tuple[str, ...]:
+    """What `--prompts` means: a bundled list by name, the lines of a file, or the text itself as a prompt."""
     if text in BUNDLED:
         return BUNDLED[text]
     if Path(text).suffix == ".txt" or (len(text) < 256 and Path(text).is_file()):

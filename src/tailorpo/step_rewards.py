@@ -5,6 +5,9 @@
 The network evaluation behind x0hat is the one that the next denoising step needs, so it is returned for reuse. A
 latent after the last step is decoded as it is.
 
+A score with a method `at` is told the network's time at which x0hat was predicted, so that a reward that was trained
+on predictions (SPO's step-aware preference model) can make use of it. Finished pictures are scored without.
+
 Left out here: lookahead and several continuations, which cost more evaluations and are no better for ranking siblings
 in the measurements so far; the Jensen gap between the two sides is ignored, as in the paper.
 """
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,6 +26,17 @@ from tailorpo.policy import Policy, PolicyStep
 
 Score = Callable[[Tensor, Sequence[str]], Tensor]
 GradientPath = Literal["none", "full", "free"]
+
+
+@runtime_checkable
+class StepAwareScore(Protocol):
+    """A score that wants to know at which time of the network a clean picture was predicted; `Scorer` is one."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], /) -> Tensor: ...
+
+    def at(self, time: int, /) -> Score:
+        """The score of predictions at this time."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,8 @@ def score_latents(
         leaf = clean = clean.detach().requires_grad_()
     with torch.set_grad_enabled(gradient != "none"):
         pictures = policy.model.decode(clean)
+        if isinstance(score, StepAwareScore) and not at_end:
+            score = score.at(int(policy.schedule.time[k]))
         reward = score(pictures, prompts)
     direction = None
     if gradient != "none":

@@ -1,8 +1,9 @@
 """The training loop: collect -> loss -> update, once for every algorithm.
 
-An algorithm is two functions. `collect` walks a batch of trajectories from noise to picture and yields ranked pairs on
-the way; `loss` turns a pair into numbers with a gradient. Inline, the loss of a pair is run while the graph of the
-sampling forward is still there; buffered, pairs are stored and trained in shuffled minibatches afterwards.
+A method is two functions. `collect` walks a batch of trajectories from noise to picture and yields samples (say, a
+ranked pair of one step); `loss` turns a sample into numbers with a gradient. Inline, the loss of a sample is run while
+the graph of the sampling forward is still there; buffered, samples are stored and trained in shuffled minibatches
+afterwards.
 
 Every random number is addressed by (seed, trajectory number, step), so a resumed run needs its parameters, its
 optimizer state and its counters, and nothing else.
@@ -11,18 +12,20 @@ optimizer state and its counters, and nothing else.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from tailorpo._distributed import pick_device
-from tailorpo.algorithms.tailorpo import StoredPairs
+from tailorpo.algorithms.base import Algorithm, Stored
+from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
 from tailorpo.checkpoint import load_latest_checkpoint, save_checkpoint
 from tailorpo.files import storage_errors
-from tailorpo.metrics import PairMetrics
+from tailorpo.metrics import UpdateMetrics
 from tailorpo.models import DiffusionModel
 from tailorpo.noise import Noise
 from tailorpo.optimizer import Learner
@@ -71,6 +74,9 @@ def train(run: Run, directory: RunDirectory, *, reporter: Reporter) -> Diffusion
     device = pick_device()
     policy = Policy(run.model.load(device, seed=run.seed), run.sampler)
     score = load_scorer(run.reward, device, on_invalid=run.on_invalid_reward)
+    if isinstance(run.algorithm, DiffusionDPO):
+        reporter.phase("encoding the pairs")
+        run.algorithm.load(policy.model, on_picture=reporter.step)
     learner = Learner(policy.model.trainable(), run.optimizer)
     session = Session(run, policy, score=score, learner=learner, directory=directory, reporter=reporter)
     finished = session.restore()
@@ -99,43 +105,45 @@ class Session:
         self, run: Run, policy: Policy, *, score: Scorer, learner: Learner, directory: RunDirectory, reporter: Reporter
     ) -> None:
         self.run = run
+        self.algorithm: Algorithm = run.algorithm
         self.policy = policy
         self.score = score
         self.learner = learner
         self.directory = directory
         self.reporter = reporter
         self.noise = Noise(run.seed)
+        self.memory: dict[str, list[float]] = {}
         self.prompts = load_prompts(run.prompts)
         self._galleries = gallery_updates(run.updates)
 
     def update(self, update: int) -> dict[str, Any]:
-        """Collect the pairs of one batch of trajectories, train on them, and return what there is to log."""
-        run, policy, algorithm = self.run, self.policy, self.run.algorithm
+        """Collect the samples of one batch of trajectories, train on them, and return what there is to log."""
+        run, policy, algorithm = self.run, self.policy, self.algorithm
         trained = algorithm.trained_steps(policy.schedule.steps, noise=self.noise, update=update)
         gallery = PairGallery(self.directory.path / "samples/pairs", update=update + 1, times=policy.schedule.time)
-        metrics, stored = PairMetrics(), list[StoredPairs]()
+        metrics, stored = UpdateMetrics(), list[Stored]()
 
         for first, trajectories in self.trajectories(update):
-            for pair in algorithm.collect(
+            for sample in algorithm.collect(
                 policy, trajectories, trained=trained, score=self.score, noise=self.noise, on_step=self._on_step(first)
             ):
                 if algorithm.update == "inline":
-                    loss = algorithm.loss(policy, pair)
+                    loss = algorithm.loss(policy, sample)
                     self.learner.backward(loss.sum() / (run.batch.trajectories * len(trained)))
                 else:
-                    stored.append(pair.stored(policy))
-                metrics.add(pair)
+                    stored.append(sample.stored(policy))
+                metrics.add(sample)
                 if update + 1 in self._galleries:
-                    gallery.add(pair, first_trajectory=first)
-                del pair  # lets go of the graph before the walk goes on
-            with torch.no_grad():
-                metrics.add_final(self.score(policy.model.decode(trajectories.latents), trajectories.prompts))
+                    gallery.add(sample, first_trajectory=first)
+                del sample  # lets go of the graph before the walk goes on
+            metrics.add_final(self.final_reward(trajectories))
 
         if algorithm.update == "inline":
             self.learner.step()
         else:
-            for minibatch in self.minibatches(stored, update):
-                self.learner.backward(algorithm.loss(policy, minibatch).mean())
+            for minibatches in self.minibatches(algorithm.prepare(stored, self.memory), update):
+                for minibatch in minibatches:
+                    self.learner.backward(algorithm.loss(policy, minibatch).mean() / len(minibatches))
                 self.learner.step()
 
         if update + 1 in self._galleries:
@@ -143,8 +151,8 @@ class Session:
         return {
             "update": update + 1,
             **self.learner.take_metrics(),
-            **metrics.summary(times=policy.schedule.time, guided=algorithm.guidance is not None),
-            "forwards": policy.model.evaluations,
+            **metrics.summary(times=policy.schedule.time),
+            "forwards": policy.forwards,
             "reward_queries": self.score.queries,
         }
 
@@ -158,24 +166,36 @@ class Session:
             keys = [("train", number) for number in numbers]
             yield first, start_trajectories(self.policy, prompts, noise=self.noise, keys=keys)
 
-    def minibatches(self, stored: list[StoredPairs], update: int) -> Iterator[StoredPairs]:
-        """The buffer in shuffled minibatches of pairs of one step each, once per inner epoch."""
-        size = self.run.algorithm.minibatch
-        for epoch in range(self.run.algorithm.inner_epochs):
-            chunks: list[StoredPairs] = []
-            for number, pairs in enumerate(stored):
-                order = self.noise.permutation(len(pairs), "minibatch", update, epoch, number)
-                index = torch.tensor(order, device=pairs.latents.device)
-                chunks += [pairs.rows(index[start : start + size]) for start in range(0, len(pairs), size)]
-            for chunk in self.noise.permutation(len(chunks), "minibatches", update, epoch):
-                yield chunks[chunk]
+    @torch.no_grad()
+    def final_reward(self, trajectories: Trajectories) -> Tensor:
+        """The reward of the finished pictures, (B,): the method's own if it has scored them."""
+        if trajectories.reward is not None:
+            return trajectories.reward
+        return self.score(self.policy.model.decode(trajectories.latents), trajectories.prompts)
+
+    def minibatches(self, stored: Sequence[Stored], update: int) -> Iterator[list[Stored]]:
+        """The buffer in shuffled minibatches of rows of one step each, once per inner epoch, in groups that make one
+        optimizer step."""
+        algorithm = self.algorithm
+        for epoch in range(algorithm.inner_epochs):
+            chunks: list[Stored] = []
+            for number, rows in enumerate(stored):
+                order = self.noise.permutation(len(rows), "minibatch", update, epoch, number)
+                chunks += [
+                    rows.rows(torch.tensor(order[start : start + algorithm.minibatch]))
+                    for start in range(0, len(rows), algorithm.minibatch)
+                ]
+            shuffled = [chunks[i] for i in self.noise.permutation(len(chunks), "minibatches", update, epoch)]
+            for start in range(0, len(shuffled), algorithm.accumulate):
+                yield shuffled[start : start + algorithm.accumulate]
 
     def save(self, update: int) -> None:
         """Write a checkpoint after `update` updates, and the LoRA in diffusers' format."""
         state = {
             "steps": self.learner.steps,
-            "forwards": self.policy.model.evaluations,
+            "evaluations": self.policy.evaluations,
             "reward_queries": self.score.queries,
+            "memory": self.memory,
         }
         save_checkpoint(self.directory.path / "checkpoints", update=update, tensors=self.learner.tensors(), state=state)
         export_lora(self.policy.model, self.directory.path / "lora")
@@ -186,8 +206,9 @@ class Session:
         if checkpoint is None:
             return 0
         self.learner.load_tensors(checkpoint.tensors, steps=int(checkpoint.state["steps"]))
-        self.policy.model.evaluations = int(checkpoint.state["forwards"])
+        self.policy.evaluations = int(checkpoint.state["evaluations"])
         self.score.queries = int(checkpoint.state["reward_queries"])
+        self.memory = dict(checkpoint.state["memory"])
         # A kill between a checkpoint and its LoRA file leaves the file of the checkpoint before.
         export_lora(self.policy.model, self.directory.path / "lora")
         return checkpoint.update

@@ -18,8 +18,20 @@ import pytest
 from tiny_run import tailorpo, write_recipe
 
 UPDATES = 5
-BUFFERED = {"train_steps": 2, "offset": "random", "update": "buffered", "inner_epochs": 2, "minibatch": 2}
-GUIDED = {"train_steps": 2, "offset": "random", "guidance": {"form": "sigma", "k": 0.5, "accept_reject": True}}
+BUFFERED = {
+    "name": "tailorpo",
+    "train_steps": 2,
+    "offset": "random",
+    "update": "buffered",
+    "inner_epochs": 2,
+    "minibatch": 2,
+}
+GUIDED = {
+    "name": "tailorpo",
+    "train_steps": 2,
+    "offset": "random",
+    "guidance": {"form": "sigma", "k": 0.5, "accept_reject": True},
+}
 
 
 @pytest.fixture(scope="module")

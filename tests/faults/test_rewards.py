@@ -80,7 +80,7 @@ def test_a_reward_that_fails_is_named_and_leaves_nothing_behind(
 def test_a_module_that_is_not_there(tmp_path: Path, tiny_folder: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_folder, reward={"name": "no_such_module_xyz:f"})
     assert "no_such_module_xyz" in refused("train", recipe, "--out", tmp_path / "run")
-    guided = {"train_steps": 2, "guidance": {"form": "sigma"}}
+    guided = {"name": "tailorpo", "train_steps": 2, "guidance": {"form": "sigma"}}
     recipe = write_recipe(tmp_path, tiny_folder, reward={"name": "no_such_module_xyz:f"}, algorithm=guided)
     assert "no_such_module_xyz" in refused("show", recipe)  # guidance asks whether it is differentiable
 

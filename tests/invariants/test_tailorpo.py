@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tailorpo.algorithms.tailorpo import Pair, Steps, TailorPO
+from tailorpo.algorithms.pairs import Pair
+from tailorpo.algorithms.tailorpo import Steps, TailorPO
 from tailorpo.guidance import SigmaGuidance, TargetGuidance
 from tailorpo.models import LoRA, ModelConfig
 from tailorpo.noise import Noise
@@ -314,11 +315,11 @@ def test_guidance_moves_the_winner_by_k_sigma_and_raises_its_step_reward(tiny_po
     )
     assert guided.push.tolist() == pytest.approx([0.5, 0.5], rel=1e-4)
     accepted = collect(policy, TailorPO(train_steps=(9,), guidance=SigmaGuidance(k=0.5, accept_reject=True)))[0]
-    assert accepted.accepted.all()
+    assert accepted.extra["guidance_accepted"].all()
     torch.testing.assert_close(accepted.next_latents, guided.next_latents)
     # Far enough along any direction the reward falls, and the winner stays where it was.
     wild = collect(policy, TailorPO(train_steps=(9,), guidance=SigmaGuidance(k=1e4, accept_reject=True)))[0]
-    rejected = ~wild.accepted
+    rejected = wild.extra["guidance_accepted"] == 0
     torch.testing.assert_close(wild.next_latents[rejected], plain.next_latents[rejected])
     assert wild.push[rejected].abs().sum() == 0
 

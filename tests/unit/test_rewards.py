@@ -289,6 +289,7 @@ def test_the_list_of_rewards_tells_the_truth() -> None:
     rows = {row.name: row for row in describe_rewards()}
     assert list(rows) == [
         "emoji_preference",
+        "emoji_step_preference",
         "emoji_judge",
         "clip_preference",
         "aesthetic",

@@ -64,17 +64,32 @@ def test_there_are_recipes() -> None:
         ({"model": {"path": "emoji", "lora": None}}, "model.lora is null: the reference is the model"),
         ({"sampler": {"steps": 4, "eta": 0}}, "sampler.eta is 0: a deterministic sampler"),
         ({"sampler": {"stpes": 4}}, "sampler.stpes: unknown key; did you mean `steps`?"),
-        ({"algorithm": {"train_steps": 5}}, "algorithm.train_steps must be in 1..4"),
-        ({"algorithm": {"train_steps": [1, 9]}}, "algorithm.train_steps must be different whole numbers in 0..3"),
-        ({"algorithm": {"train_steps": [1, "a"]}}, 'algorithm.train_steps: item 2: got "a", expected a whole number'),
-        ({"algorithm": {"train_steps": {"first": 1, "last": 2}}}, "algorithm.train_steps.count: missing"),
-        ({"algorithm": {"beta": -1}}, "algorithm: beta must be positive, got -1"),
+        ({"algorithm": {"name": "tailorpo", "train_steps": 5}}, "algorithm.train_steps must be in 1..4"),
+        (
+            {"algorithm": {"name": "tailorpo", "train_steps": [1, 9]}},
+            "algorithm.train_steps must be different whole numbers in 0..3",
+        ),
+        (
+            {"algorithm": {"name": "tailorpo", "train_steps": [1, "a"]}},
+            'algorithm.train_steps: item 2: got "a", expected a whole number',
+        ),
+        (
+            {"algorithm": {"name": "tailorpo", "train_steps": {"first": 1, "last": 2}}},
+            "algorithm.train_steps.count: missing",
+        ),
+        ({"algorithm": {"name": "tailorpo", "beta": -1}}, "algorithm: beta must be positive, got -1"),
         ({"algorithm": {"name": "tailrpo"}}, "did you mean `tailorpo`?"),
-        ({"algorithm": {"labels": "soft"}}, "algorithm.labels is soft, which needs algorithm.tau"),
-        ({"algorithm": {"guidance": {"k": 1}}}, "algorithm.guidance.form: missing; one of sigma, target"),
-        ({"algorithm": {"guidance": {"form": "sgima"}}}, "did you mean `sigma`?"),
-        ({"algorithm": {"guidance": {"form": "target"}}}, "algorithm.guidance: give either delta or target"),
-        ({"algorithm": {"guidance": 1}}, "algorithm.guidance: got 1, expected a mapping"),
+        ({"algorithm": {"name": "tailorpo", "labels": "soft"}}, "algorithm.labels is soft, which needs algorithm.tau"),
+        (
+            {"algorithm": {"name": "tailorpo", "guidance": {"k": 1}}},
+            "algorithm.guidance.form: missing; one of sigma, target",
+        ),
+        ({"algorithm": {"name": "tailorpo", "guidance": {"form": "sgima"}}}, "did you mean `sigma`?"),
+        (
+            {"algorithm": {"name": "tailorpo", "guidance": {"form": "target"}}},
+            "algorithm.guidance: give either delta or target",
+        ),
+        ({"algorithm": {"name": "tailorpo", "guidance": 1}}, "algorithm.guidance: got 1, expected a mapping"),
         ({"reward": {"name": "brightnes"}}, "did you mean `brightness`?"),
         ({"reward": {}}, "reward.name: missing; one of emoji_preference"),
         ({"reward": {"name": 3}}, "reward.name: got 3, expected one of"),
@@ -106,7 +121,7 @@ def test_each_mistake_is_named_with_what_is_accepted(change: dict[str, Any], mes
 
 
 def test_guidance_needs_a_reward_with_a_gradient() -> None:
-    guided = {"train_steps": 2, "guidance": {"form": "sigma"}}
+    guided = {"name": "tailorpo", "train_steps": 2, "guidance": {"form": "sigma"}}
     data = settings("emoji", algorithm=guided, reward={"name": "jpeg_compressibility"})
     (problem,) = problems(data)
     assert problem.startswith("algorithm.guidance (TailorPO-G) needs the gradient of the reward")
@@ -122,7 +137,7 @@ model: {path: nowhere}
 sampler:
   eta: 0
   stpes: 3
-algorithm: {train_steps: 21, guidance: {form: sigma}}
+algorithm: {name: tailorpo, train_steps: 21, guidance: {form: sigma}}
 reward: {name: jpeg_compressibility}
 prompts: {file: nowhere.txt}
 batch: {micro: 9}
@@ -146,7 +161,9 @@ updates: 3
 
 
 def test_combinations_are_checked_although_another_section_is_wrong(tmp_path: Path) -> None:
-    found = problems(settings("emoji", sampler={"eta": 0}, algorithm={"train_steps": 30}, optimizer={"lr": "x"}))
+    found = problems(
+        settings("emoji", sampler={"eta": 0}, algorithm={"name": "tailorpo", "train_steps": 30}, optimizer={"lr": "x"})
+    )
     assert [problem.split()[0] for problem in found] == ["optimizer.lr:", "sampler.eta", "algorithm.train_steps"]
 
 
@@ -318,7 +335,8 @@ def test_runs_built_in_python_follow_the_same_rules() -> None:
     guided = replace(
         run.algorithm,
         guidance=Run.from_dict(
-            settings("emoji", algorithm={"train_steps": 2, "guidance": {"form": "sigma"}}), files=False
+            settings("emoji", algorithm={"name": "tailorpo", "train_steps": 2, "guidance": {"form": "sigma"}}),
+            files=False,
         ).algorithm.guidance,
     )
     with pytest.raises(RunFileError, match="not differentiable"):

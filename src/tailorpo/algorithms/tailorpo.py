@@ -19,15 +19,16 @@ Left out: the ratio clamp of D3PO's and SPO's code (see `objectives`), and more 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from tailorpo.algorithms.base import Cost, Update, check_counts, common_problems
+from tailorpo.algorithms.pairs import Pair, StoredPairs, pair_logit
 from tailorpo.gaussian_step import GaussianStep
 from tailorpo.guidance import Guidance, length
-from tailorpo.models import Conditioning
 from tailorpo.noise import Noise
 from tailorpo.objectives import dpo, soft_dpo
 from tailorpo.policy import Policy, PolicyStep
@@ -43,99 +44,6 @@ class Steps:
     first: int
     last: int
     count: int
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one trajectory costs.
-
-    Attributes:
-        forwards: guided network evaluations of one latent.
-        backwards: backward passes through the network for the loss.
-        input_gradients: backward passes to the latents for guidance.
-        reward_queries: pictures decoded and scored, the finished one included.
-    """
-
-    forwards: int
-    backwards: int
-    input_gradients: int
-    reward_queries: int
-
-
-@dataclass
-class Pair:
-    """One ranked pair per trajectory, at one step: what the loss needs, and what the log wants to know.
-
-    Everything is (B,) or (B, C, h, w). `noise_difference` is z_w - z_l after guidance, `push` its size there in sigma,
-    rewards and gap are those before it. `step` carries the graph of the rollout under an inline update and is None
-    otherwise.
-    """
-
-    k: int
-    prompts: Sequence[str]
-    latents: Tensor
-    cond: Conditioning
-    noise_difference: Tensor
-    probability: Tensor
-    valid: Tensor
-    tie: Tensor
-    present: Tensor
-    reward_winner: Tensor
-    reward_loser: Tensor
-    gap: Tensor
-    logit: Tensor
-    kl: Tensor
-    log_ratio_winner: Tensor
-    log_ratio_loser: Tensor
-    push: Tensor
-    accepted: Tensor
-    pictures_winner: Tensor
-    pictures_loser: Tensor
-    step: PolicyStep | None
-    reference: GaussianStep
-    next_latents: Tensor
-    next_step: PolicyStep | None
-
-    def stored(self, policy: Policy) -> StoredPairs:
-        """What a later epoch needs of it."""
-        origin = policy.origin(self.latents, self.k)
-        return StoredPairs(
-            k=self.k,
-            latents=self.latents,
-            cond=self.cond,
-            noise_difference=self.noise_difference,
-            probability=self.probability,
-            valid=self.valid,
-            reference_projection=self.reference.projection(self.noise_difference, origin),
-        )
-
-
-@dataclass(frozen=True)
-class StoredPairs:
-    """The part of a pair that a later epoch needs: no graph, no pictures, one number for the reference."""
-
-    k: int
-    latents: Tensor
-    cond: Conditioning
-    noise_difference: Tensor
-    probability: Tensor
-    valid: Tensor
-    reference_projection: Tensor
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    def rows(self, index: Tensor) -> StoredPairs:
-        """A selection of the batch."""
-        return replace(
-            self,
-            latents=self.latents[index],
-            cond=self.cond.rows(index),
-            noise_difference=self.noise_difference[index],
-            probability=self.probability[index],
-            valid=self.valid[index],
-            reference_projection=self.reference_projection[index],
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +64,8 @@ class TailorPO:
         update: "inline": the sampling forward's graph serves the loss, one optimizer step per update; "buffered":
             pairs are collected first and trained in shuffled minibatches.
         inner_epochs: passes over the buffer.
-        minibatch: pairs per optimizer step of the buffered update.
+        minibatch: pairs of a minibatch of the buffered update.
+        accumulate: minibatches whose gradients make one optimizer step.
     """
 
     name: Literal["tailorpo"] = "tailorpo"
@@ -168,26 +77,27 @@ class TailorPO:
     tau: float | None = None
     continue_from: Literal["winner", "random", "loser"] = "winner"
     guidance: Guidance | None = None
-    update: Literal["inline", "buffered"] = "inline"
+    update: Update = "inline"
     inner_epochs: int = 1
     minibatch: int = 8
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         if not self.beta > 0:
             raise ValueError(f"beta must be positive, got {self.beta}")
         if self.tau is not None and not self.tau > 0:
             raise ValueError(f"tau must be positive, got {self.tau}")
-        if self.inner_epochs < 1 or self.minibatch < 1:
-            raise ValueError(
-                f"inner_epochs and minibatch must be at least 1, got {self.inner_epochs} and {self.minibatch}"
-            )
+        check_counts(self)
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Guidance does."""
+        return self.guidance is not None
 
     def problems(self, *, sampler: DDIM, differentiable: bool, lora: bool) -> list[str]:
         """Everything about this algorithm that cannot work with the rest of the run, in words."""
-        found: list[str] = []
+        found = common_problems(sampler=sampler, lora=lora, update=self.update, inner_epochs=self.inner_epochs)
         steps, wanted = sampler.steps, self.train_steps
-        if sampler.eta == 0:
-            found.append("sampler.eta is 0: a deterministic sampler has no density to train; use eta 1")
         if isinstance(wanted, int):
             if not 1 <= wanted <= steps:
                 found.append(f"algorithm.train_steps must be in 1..{steps} (sampler.steps), got {wanted}")
@@ -213,10 +123,6 @@ class TailorPO:
                 "algorithm.guidance (TailorPO-G) needs the gradient of the reward, and this reward is not"
                 " differentiable; use guidance: null (TailorPO) or a differentiable reward"
             )
-        if self.update == "inline" and self.inner_epochs > 1:
-            found.append("algorithm.inner_epochs needs update: buffered; an inline update uses each pair once")
-        if not lora:
-            found.append("model.lora is null: the reference is the model with its LoRA switched off, so there is none")
         return found
 
     def trained_steps(self, steps: int, *, noise: Noise, update: int) -> tuple[int, ...]:
@@ -288,19 +194,16 @@ class TailorPO:
             on_step=on_step,
         )
 
+    def prepare(self, stored: Sequence[StoredPairs], memory: dict[str, list[float]]) -> Sequence[StoredPairs]:
+        """Nothing: a pair is labelled when it is drawn."""
+        return stored
+
     def loss(self, policy: Policy, pair: Pair | StoredPairs) -> Tensor:
         """Eq. 10 of each pair, (B,), from the graph that the rollout left or from a new evaluation of x_k.
 
         It is zero for pairs without an order.
         """
-        if isinstance(pair, StoredPairs):
-            gaussian = policy.step(pair.latents, pair.k, pair.cond).gaussian
-            origin = policy.origin(pair.latents, pair.k)
-            logit = gaussian.projection(pair.noise_difference, origin) - pair.reference_projection
-        else:
-            step = pair.step or policy.step(pair.latents, pair.k, pair.cond)
-            logit = step.gaussian.pair_logit(pair.noise_difference, pair.reference)
-        beta = self.beta
+        logit, beta = pair_logit(policy, pair), self.beta
         if self.step_weights == "normalised":
             beta = beta / policy.sampler.noise_weight(policy.schedule, pair.k)
         soft = self.labels == "soft"
@@ -326,7 +229,7 @@ class TailorPO:
         noises = branch.noises.flatten(0, 1)
         noise_winner, noise_loser = noises[first] + moved.push / gaussian.std, noises[second]
         noise_difference = noise_winner - noise_loser
-        gap = reward_winner - reward_loser
+        gap, push = reward_winner - reward_loser, length(moved.push) / gaussian.std
         soft = torch.ones_like(gap) if self.tau is None else torch.sigmoid((gap + moved.gain) / self.tau)
 
         reference = policy.reference_step(branch.latents, branch.k, trajectories.cond)
@@ -355,8 +258,8 @@ class TailorPO:
             kl=gaussian.kl(reference),
             log_ratio_winner=gaussian.log_ratio(gaussian.sample(noise_winner), reference),
             log_ratio_loser=gaussian.log_ratio(gaussian.sample(noise_loser), reference),
-            push=length(moved.push) / gaussian.std,
-            accepted=moved.accepted,
+            push=push,
+            extra={} if self.guidance is None else {"guidance_size": push, "guidance_accepted": moved.accepted.float()},
             pictures_winner=branch.scored.pictures[first],
             pictures_loser=branch.scored.pictures[second],
             step=branch.step if self.update == "inline" else None,

@@ -1,7 +1,7 @@
 """What tailorpo needs of a text-to-image model, and the `model` section of a run file.
 
-Model families know nothing of algorithms: they encode prompts, predict, decode, and switch their adapter off for the
-reference.
+Model families know nothing of algorithms: they encode prompts and pictures, predict, decode, and switch their adapter
+off for the reference.
 """
 
 from __future__ import annotations
@@ -48,13 +48,20 @@ class Conditioning:
 class DiffusionModel(Protocol):
     """One text-to-image model with a trainable adapter.
 
-    `evaluations` counts guided forwards since construction: one forward of one latent, whatever its guidance needs
-    inside.
+    Attributes:
+        latent_shape: (C, h, w).
+        picture_shape: (3, H, W) of what `decode` returns.
+        device: where the weights are.
+        prediction_type: what the network predicts.
+        alphas_cumprod: abar, the share of signal in the variance at each training time, (T,) float64.
+        evaluations: latents given to `predict` since construction, whatever its guidance needs inside.
     """
 
     latent_shape: tuple[int, int, int]
+    picture_shape: tuple[int, int, int]
     device: torch.device
     prediction_type: PredictionType
+    alphas_cumprod: Tensor
     evaluations: int
 
     def schedule(self, steps: int) -> Schedule:
@@ -65,8 +72,16 @@ class DiffusionModel(Protocol):
         """Text embeddings, (B, L, E); each distinct prompt is encoded once and kept."""
         ...
 
-    def predict(self, latents: Tensor, time: int, cond: Conditioning, *, guidance_scale: float) -> Tensor:
-        """The guided network output at (B, C, h, w) float32 latents, float32."""
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Clean latents, (B, C, h, w) float32, of pictures (B, *picture_shape) in [0, 1]: the mean of the encoder's
+        posterior in the scale that the network was trained with. Without a gradient."""
+        ...
+
+    def predict(self, latents: Tensor, time: int | Tensor, cond: Conditioning, *, guidance_scale: float) -> Tensor:
+        """The guided network output at (B, C, h, w) float32 latents, float32.
+
+        `time` is one training time for all rows, or one for each, (B,) int64.
+        """
         ...
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -72,6 +72,9 @@ class StableDiffusion:
         self.prediction_type: PredictionType = scheduler.config["prediction_type"]
         size = int(unet.config["sample_size"])
         self.latent_shape = (int(unet.config["in_channels"]), size, size)
+        factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        self.picture_shape: tuple[int, int, int] = (3, size * factor, size * factor)
+        self.alphas_cumprod = scheduler.alphas_cumprod.double()
         self.evaluations = 0
         self._encoded: dict[str, Tensor] = {}
         if lora is not None:
@@ -113,7 +116,7 @@ class StableDiffusion:
     def schedule(self, steps: int) -> Schedule:
         settings = self.scheduler.config
         return ddpm_schedule(
-            self.scheduler.alphas_cumprod,
+            self.alphas_cumprod,
             steps,
             spacing="trailing" if settings["timestep_spacing"] == "trailing" else "leading",
             steps_offset=int(settings["steps_offset"]),
@@ -136,13 +139,19 @@ class StableDiffusion:
         positive = torch.stack([self._encoded[prompt] for prompt in prompts])
         return Conditioning(positive, self._encoded[""].expand_as(positive))
 
-    def predict(self, latents: Tensor, time: int, cond: Conditioning, *, guidance_scale: float) -> Tensor:
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        posterior = self.vae.encode((2 * images - 1).to(self.device, self.dtype), return_dict=False)[0]
+        return posterior.mode().float() * self.vae.config["scaling_factor"]
+
+    def predict(self, latents: Tensor, time: int | Tensor, cond: Conditioning, *, guidance_scale: float) -> Tensor:
         self.evaluations += len(latents)
         x = latents.to(self.dtype)
         if guidance_scale == 1.0:
             return self.unet(x, time, encoder_hidden_states=cond.positive, return_dict=False)[0].float()
         embeddings = torch.cat([cond.negative, cond.positive])
-        output = self.unet(torch.cat([x, x]), time, encoder_hidden_states=embeddings, return_dict=False)[0].float()
+        times = time.repeat(2) if isinstance(time, Tensor) else time
+        output = self.unet(torch.cat([x, x]), times, encoder_hidden_states=embeddings, return_dict=False)[0].float()
         unconditional, conditional = output.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
 

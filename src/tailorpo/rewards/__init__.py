@@ -22,10 +22,12 @@ from tailorpo.rewards.clip_preference import ClipPreference, EmojiJudge, EmojiPr
 from tailorpo.rewards.colour import Brightness, Colourfulness
 from tailorpo.rewards.custom import CustomReward
 from tailorpo.rewards.jpeg import JpegCompressibility, JpegIncompressibility
-from tailorpo.rewards.scorer import Reward, Scorer
+from tailorpo.rewards.scorer import Reward, Scorer, StepAware
+from tailorpo.rewards.step_preference import EmojiStepPreference
 
 BuiltinReward = (
     EmojiPreference
+    | EmojiStepPreference
     | EmojiJudge
     | ClipPreference
     | Aesthetic
@@ -76,6 +78,7 @@ def describe_rewards() -> tuple[RewardInfo, ...]:
     """What there is, for `tailorpo rewards` and the docs; the last one stands for a user's own."""
     builtin: tuple[type[BuiltinReward], ...] = (
         EmojiPreference,
+        EmojiStepPreference,
         EmojiJudge,
         ClipPreference,
         Aesthetic,
@@ -110,6 +113,7 @@ __all__ = [
     "CustomReward",
     "EmojiJudge",
     "EmojiPreference",
+    "EmojiStepPreference",
     "JpegCompressibility",
     "JpegIncompressibility",
     "Reward",
@@ -117,6 +121,7 @@ __all__ = [
     "RewardEntry",
     "RewardInfo",
     "Scorer",
+    "StepAware",
     "describe_rewards",
     "load_scorer",
 ]

@@ -63,7 +63,7 @@ class EmojiPreference:
 
     def load(self, device: torch.device | str) -> ClipScorer:
         """Read the bundled folder."""
-        return _bundled(self.name, device)
+        return bundled_clip(self.name, device)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +78,14 @@ class EmojiJudge:
 
     def load(self, device: torch.device | str) -> ClipScorer:
         """Read the bundled folder."""
-        return _bundled(self.name, device)
+        return bundled_clip(self.name, device)[0]
 
 
-def _bundled(name: str, device: torch.device | str) -> ClipScorer:
+def bundled_clip(name: str, device: torch.device | str) -> tuple[ClipScorer, Path]:
+    """A bundled CLIPModel and its folder."""
     hint = "it comes with the package, so reinstall tailorpo, or run `make miniature` in a clone to train it again"
-    return ClipScorer.from_folder(_ASSETS / name, name=name, device=device, hint=hint)
+    folder = _ASSETS / name
+    return ClipScorer.from_folder(folder, name=name, device=device, hint=hint), folder
 
 
 class ClipScorer:
@@ -108,7 +110,8 @@ class ClipScorer:
         """The transformers CLIPModel."""
         self.preprocess = preprocess
         self._tokenize = tokenize
-        self._scale: Tensor = model.logit_scale.detach().exp()
+        self.scale: Tensor = model.logit_scale.detach().exp()
+        """exp(logit_scale), a scalar."""
         self._text = lru_cache(maxsize=4096)(self._encode)
 
     @classmethod
@@ -137,18 +140,26 @@ class ClipScorer:
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B, 3, H, W) in [0, 1] and B prompts -> (B,) float32, with the graph to the pictures if gradients are on."""
-        text = torch.stack([self._text(prompt) for prompt in prompts])
-        return self._scale * (self.embed(images) * text).sum(-1)
+        return self.scale * (self.embed(images) * self.text(prompts)).sum(-1)
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> normalised image features (B, D); evaluation measures diversity in them."""
         features: Tensor = self.model.get_image_features(pixel_values=self.preprocess(images)).pooler_output
         return F.normalize(features, dim=-1)
 
+    def text(self, prompts: Sequence[str]) -> Tensor:
+        """B prompts -> normalised text features (B, D), without a graph."""
+        return torch.stack([self._text(prompt) for prompt in prompts])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.scale.device
+
     def _encode(self, prompt: str) -> Tensor:
         """Normalised text features (D,) of one prompt; alone, so that no padding and no neighbour can change them."""
         with torch.no_grad():
-            tokens = torch.tensor([self._tokenize(prompt)], device=self._scale.device)
+            tokens = torch.tensor([self._tokenize(prompt)], device=self.device)
             output = self.model.get_text_features(input_ids=tokens, attention_mask=torch.ones_like(tokens))
             features: Tensor = output.pooler_output
             return F.normalize(features[0], dim=-1)

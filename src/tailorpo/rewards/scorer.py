@@ -11,8 +11,8 @@ cancels and a scale belongs in `weight` or `tau`), and retrying a reward that fa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal, Protocol
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -35,6 +35,15 @@ class Reward(Protocol):
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score images (B, 3, H, W) in [0, 1] against their prompts: a floating (B,) tensor, higher is better."""
+        ...
+
+
+@runtime_checkable
+class StepAware(Protocol):
+    """A reward that scores the predicted clean picture of a noisy step otherwise than a finished one."""
+
+    def at(self, time: int, /) -> Self:
+        """The same reward, told that the pictures are predictions at the network's time (0 is finished)."""
         ...
 
 
@@ -75,7 +84,18 @@ class Scorer:
         Raises RewardError if a member raises, returns the wrong thing, has no gradient where one is asked for, or
         (under "stop") returns a number that is not finite; ValueError if images and prompts do not fit together.
         """
-        scores = self._scores(images, prompts)
+        return self._total(images, prompts, None)
+
+    def at(self, time: int, /) -> Callable[[Tensor, Sequence[str]], Tensor]:
+        """The same for predicted clean pictures at the network's time: members that are StepAware are told it."""
+
+        def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
+            return self._total(images, prompts, time)
+
+        return score
+
+    def _total(self, images: Tensor, prompts: Sequence[str], time: int | None) -> Tensor:
+        scores = self._scores(images, prompts, time)
         total = scores[0] * self.members[0][1]
         for score, (_, weight) in zip(scores[1:], self.members[1:], strict=True):
             total = total + score * weight
@@ -84,7 +104,7 @@ class Scorer:
     def each(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score as `__call__` does, but return every member's own unweighted (B,) by name ("name", "name#2", ...)."""
         named: dict[str, Tensor] = {}
-        for (reward, _), score in zip(self.members, self._scores(images, prompts), strict=True):
+        for (reward, _), score in zip(self.members, self._scores(images, prompts, None), strict=True):
             label, number = reward.name, 1
             while label in named:
                 number += 1
@@ -92,7 +112,7 @@ class Scorer:
             named[label] = score
         return named
 
-    def _scores(self, images: Tensor, prompts: Sequence[str]) -> list[Tensor]:
+    def _scores(self, images: Tensor, prompts: Sequence[str], time: int | None) -> list[Tensor]:
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(f"expected floating images (B, 3, H, W), got {_describe(images)}")
         if len(prompts) != len(images):
@@ -106,7 +126,8 @@ class Scorer:
                 "the last checkpoint is kept"
             )
         gradient = torch.is_grad_enabled() and images.requires_grad
-        scores = [_score(reward, images, tuple(prompts), gradient=gradient) for reward, _ in self.members]
+        rewards = [reward if time is None else _at(reward, time) for reward, _ in self.members]
+        scores = [_score(reward, images, tuple(prompts), gradient=gradient) for reward in rewards]
         for (reward, _), score in zip(self.members, scores, strict=True):
             wrong = ~torch.isfinite(score.detach())
             if self.on_invalid == "stop" and bool(wrong.any()):
@@ -116,6 +137,10 @@ class Scorer:
         self.invalid += int(bad.sum())
         # A row that is infinite in one member is NaN in all: no ranking can be built on half of a sum.
         return [score.masked_fill(bad, math.nan) for score in scores] if bool(bad.any()) else scores
+
+
+def _at(reward: Reward, time: int) -> Reward:
+    return reward.at(time) if isinstance(reward, StepAware) else reward
 
 
 def _score(reward: Reward, images: Tensor, prompts: tuple[str, ...], *, gradient: bool) -> Tensor:

@@ -1,0 +1,183 @@
+"""Ranked pairs of candidates from the same x_k: what TailorPO and SPO train on, and their losses' logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tailorpo.algorithms.base import Shown, Stored
+from tailorpo.gaussian_step import GaussianStep
+from tailorpo.models import Conditioning
+from tailorpo.policy import Policy, PolicyStep
+
+
+@dataclass
+class Pair:
+    """One ranked pair per trajectory, at one step: what the loss needs, and what the log wants to know.
+
+    Everything is (B,) or (B, C, h, w). `noise_difference` is z_w - z_l after guidance, `push` its size there in sigma,
+    rewards and gap are those before it; `extra` are figures of the method's own. `step` carries the graph of the
+    rollout under an inline update and is None otherwise.
+    """
+
+    k: int
+    prompts: Sequence[str]
+    latents: Tensor
+    cond: Conditioning
+    noise_difference: Tensor
+    probability: Tensor
+    valid: Tensor
+    tie: Tensor
+    present: Tensor
+    reward_winner: Tensor
+    reward_loser: Tensor
+    gap: Tensor
+    logit: Tensor
+    kl: Tensor
+    log_ratio_winner: Tensor
+    log_ratio_loser: Tensor
+    push: Tensor
+    extra: dict[str, Tensor]
+    pictures_winner: Tensor
+    pictures_loser: Tensor
+    step: PolicyStep | None
+    reference: GaussianStep
+    next_latents: Tensor
+    next_step: PolicyStep | None
+
+    def figures(self) -> dict[str, Tensor]:
+        """What there is to log; `accuracy` is 1 where the policy's own log-ratios order the pair as the reward does,
+        1/2 where they are equal."""
+        return {
+            "reward_winner": self.reward_winner,
+            "reward_loser": self.reward_loser,
+            "reward_mean": (self.reward_winner + self.reward_loser) / 2,
+            "gap": self.gap,
+            "log_ratio_winner": self.log_ratio_winner,
+            "log_ratio_loser": self.log_ratio_loser,
+            "kl": self.kl,
+            "accuracy": (torch.sign(self.logit) + 1) / 2,
+            **self.extra,
+            "present": self.present,
+            "tie": self.tie,
+        }
+
+    def shown(self) -> Shown:
+        """Both candidates' predicted clean pictures."""
+        return Shown(
+            self.prompts,
+            self.pictures_winner,
+            self.pictures_loser,
+            self.reward_winner,
+            self.reward_loser,
+            guided=self.push > 0,
+        )
+
+    def stored(self, policy: Policy) -> Stored:
+        """What a later epoch needs of it."""
+        origin = policy.origin(self.latents, self.k)
+        return StoredPairs(
+            k=self.k,
+            latents=self.latents,
+            cond=self.cond,
+            noise_difference=self.noise_difference,
+            probability=self.probability,
+            valid=self.valid,
+            reference_projection=self.reference.projection(self.noise_difference, origin),
+        )
+
+
+@dataclass(frozen=True)
+class StoredPairs:
+    """The part of a pair that a later epoch needs: no graph, no pictures, one number for the reference."""
+
+    k: int
+    latents: Tensor
+    cond: Conditioning
+    noise_difference: Tensor
+    probability: Tensor
+    valid: Tensor
+    reference_projection: Tensor
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def rows(self, index: Tensor) -> StoredPairs:
+        """A selection of the batch."""
+        return replace(
+            self,
+            latents=self.latents[index],
+            cond=self.cond.rows(index),
+            noise_difference=self.noise_difference[index],
+            probability=self.probability[index],
+            valid=self.valid[index],
+            reference_projection=self.reference_projection[index],
+        )
+
+
+def pair_logit(policy: Policy, pair: Pair | StoredPairs) -> Tensor:
+    """Log-ratio of the winner minus that of the loser in nats, (B,): from the graph that the rollout left, or from a
+    new evaluation of x_k."""
+    if isinstance(pair, StoredPairs):
+        gaussian = policy.step(pair.latents, pair.k, pair.cond).gaussian
+        origin = policy.origin(pair.latents, pair.k)
+        return gaussian.projection(pair.noise_difference, origin) - pair.reference_projection
+    step = pair.step or policy.step(pair.latents, pair.k, pair.cond)
+    return step.gaussian.pair_logit(pair.noise_difference, pair.reference)
+
+
+@dataclass
+class CandidatePair(Pair):
+    """A pair whose loss needs the log-ratio of each candidate and not only their difference.
+
+    `winner` and `loser` are the candidates themselves, x_{k+1}.
+    """
+
+    winner: Tensor
+    loser: Tensor
+
+    def stored(self, policy: Policy) -> StoredCandidates:
+        """What a later epoch needs of it."""
+        return StoredCandidates(
+            self.k, self.latents, self.cond, self.winner, self.loser, valid=self.valid, reference=self.reference
+        )
+
+
+@dataclass(frozen=True)
+class StoredCandidates:
+    """The part of such a pair that a later epoch needs: here the reference's whole mean."""
+
+    k: int
+    latents: Tensor
+    cond: Conditioning
+    winner: Tensor
+    loser: Tensor
+    _: KW_ONLY
+    valid: Tensor
+    reference: GaussianStep
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def rows(self, index: Tensor) -> StoredCandidates:
+        """A selection of the batch."""
+        return StoredCandidates(
+            self.k,
+            self.latents[index],
+            self.cond.rows(index),
+            self.winner[index],
+            self.loser[index],
+            valid=self.valid[index],
+            reference=GaussianStep(self.reference.mean[index], self.reference.std),
+        )
+
+
+def candidate_log_ratios(policy: Policy, pair: CandidatePair | StoredCandidates) -> tuple[Tensor, Tensor]:
+    """Log-ratios of winner and loser in nats, (B,) each, from one evaluation of x_k: that of the rollout, or a new
+    one."""
+    known = None if isinstance(pair, StoredCandidates) else pair.step
+    gaussian = (known or policy.step(pair.latents, pair.k, pair.cond)).gaussian
+    return gaussian.log_ratio(pair.winner, pair.reference), gaussian.log_ratio(pair.loser, pair.reference)

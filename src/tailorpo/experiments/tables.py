@@ -1,0 +1,202 @@
+"""The tables of a grid as Markdown, from its results alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from tailorpo.experiments.grid import Grid
+from tailorpo.experiments.statistics import Estimate, Matrix, improvement, iqm, mean
+
+Cells = Sequence[dict[str, Any]]
+
+
+def by_variant(grid: Grid, cells: Cells, reward: str) -> dict[str, list[dict[str, Any]]]:
+    """The finished cells of one reward, in the order of the grid's variants."""
+    found = {
+        variant.name: [cell for cell in cells if cell["variant"] == variant.name and cell["reward"] == reward]
+        for variant in grid.variants
+    }
+    return {name: sorted(rows, key=lambda cell: cell["seed"]) for name, rows in found.items() if rows}
+
+
+def gains(cells: Cells, *, measure: str = "reward", group: str = "seen", side: str | None = None) -> Matrix | None:
+    """Aligned minus base (or one side alone) of every seed and prompt, (S, P); None where it was not measured.
+
+    Prompts that lack a number in any cell are left out of all.
+    """
+    rows: list[list[float]] = []
+    for cell in cells:
+        data = cell["evaluation"]
+        if measure not in data["measures"]:
+            return None
+        sides = data["measures"][measure]
+        values = sides[side] if side else [_minus(a, b) for a, b in zip(sides["aligned"], sides["base"], strict=True)]
+        rows.append([_number(v) for v, own in zip(values, data["groups"], strict=True) if group in (own, "all")])
+    matrix = np.array(rows, dtype=np.float64)
+    matrix = matrix[:, np.isfinite(matrix).all(axis=0)]
+    return matrix if matrix.size else None
+
+
+def kept(cells: Cells, *, measure: str = "distance", group: str = "seen") -> float | None:
+    """Diversity of the aligned models as a share of the base's."""
+    aligned, base = (gains(cells, measure=measure, group=group, side=side) for side in ("aligned", "base"))
+    return None if aligned is None or base is None or not base.mean() > 0 else float(aligned.mean() / base.mean())
+
+
+def grid_tables(grid: Grid, content: dict[str, Any]) -> str:
+    """Everything about a grid's results in Markdown: one table per reward, and comparisons with the reference."""
+    cells: Cells = content["cells"]
+    parts = [_provenance(grid, content)]
+    for reward in grid.seeds:
+        rows = by_variant(grid, cells, reward)
+        if rows:
+            parts.append(f"### {reward}\n\n{_reward_table(grid, rows)}")
+            compared = _comparison(grid, rows)
+            if compared:
+                parts.append(compared)
+    return "\n\n".join(parts) + "\n"
+
+
+def _provenance(grid: Grid, content: dict[str, Any]) -> str:
+    cells: Cells = content["cells"]
+    counts = ", ".join(f"{reward}: {sum(cell['reward'] == reward for cell in cells)} runs" for reward in grid.seeds)
+    minutes = sum(cell["minutes"] for cell in cells)
+    lines = [
+        f"Budget: {grid.budget:,} guided network evaluations of training per run. {counts}; {minutes / 60:.1f} hours in"
+        f" all on one core each ({content['environment']['processor']}).",
+    ]
+    tuned = content.get("tuned")
+    if any(variant.tuned for variant in grid.variants):
+        lines.append(
+            "Settings: the winners of `tune`: "
+            + "; ".join(f"{name}: {' '.join(overrides)}" for name, overrides in tuned.items())
+            + "."
+            if tuned
+            else "Settings: those of the recipes; `tune` had not been run."
+        )
+    if content.get("overrides"):
+        lines.append(f"Every run with {' '.join(content['overrides'])}.")
+    return "\n".join(lines)
+
+
+def _reward_table(grid: Grid, rows: dict[str, list[dict[str, Any]]]) -> str:
+    head = ["", "seeds", "reward", "gain, seen prompts (IQM)", "gain, unseen (mean)", "judge, gain", "good pictures"]
+    head += ["diversity kept", "KL, nats", "F", "B", "R", "min"]
+    lines = [_row(head), _row(["---"] * len(head))]
+    every = [cell for cells in rows.values() for cell in cells]
+    base = gains(_one_per_seed(every), side="base")
+    if base is not None:
+        good = gains(_one_per_seed(every), measure="good", side="base")
+        cells = [
+            "base",
+            "",
+            f"{base.mean():.3f}",
+            "",
+            "",
+            "",
+            "" if good is None else f"{100 * good.mean():.0f} %",
+            "100 %",
+        ]
+        lines.append(_row([*cells, "0", "0", "0", "0", ""]))
+    for name, cells in rows.items():
+        seen, aligned = gains(cells), gains(cells, side="aligned")
+        good, diversity = gains(cells, measure="good", side="aligned"), kept(cells)
+        kls = [cell["kl"] for cell in cells if cell["kl"] is not None]
+        lines.append(
+            _row(
+                [
+                    name,
+                    str(len(cells)),
+                    "-" if aligned is None else f"{aligned.mean():.3f}",
+                    interval(None if seen is None else iqm(seen)),
+                    interval(_mean(gains(cells, group="unseen"))),
+                    interval(_mean(gains(cells, measure="judge"))),
+                    "-" if good is None else f"{100 * good.mean():.0f} %",
+                    "-" if diversity is None else f"{100 * diversity:.0f} %",
+                    f"{fmean(kls):.1f}" if kls else "-",
+                    *(
+                        f"{fmean(cell[key] for cell in cells):,.0f}"
+                        for key in ("forwards", "backwards", "reward_queries")
+                    ),
+                    f"{fmean(cell['minutes'] for cell in cells):.1f}",
+                ]
+            )
+        )
+    note = (
+        "\n\nReward, gain and judge: means over 4 pictures a prompt, gains against the base model on the same noises;"
+        " 95 % intervals over training seeds and prompts (over prompts alone where there is one seed). F: guided"
+        " network evaluations of the training; B: backward passes; R: reward queries; min: minutes on one core, with"
+        " the evaluation."
+    )
+    pictures = every[0]["evaluation"]["pictures"]
+    return "\n".join(lines) + note.replace("4 pictures", f"{pictures} pictures")
+
+
+def _comparison(grid: Grid, rows: dict[str, list[dict[str, Any]]]) -> str | None:
+    reference = rows.get(grid.reference or "")
+    if reference is None or len(rows) < 2 or max(map(len, rows.values())) < 2:
+        return None
+    head = [f"{grid.reference} against", "difference of the gain", "P(improvement)", "seeds won", "judge, difference"]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for name, cells in rows.items():
+        if name == grid.reference:
+            continue
+        shared = sorted({cell["seed"] for cell in cells} & {cell["seed"] for cell in reference})
+        if not shared:
+            continue
+        ours, theirs = ([cell for cell in each if cell["seed"] in shared] for each in (reference, cells))
+        difference = _difference(ours, theirs, "reward")
+        first, second = gains(ours), gains(theirs)
+        if difference is None or first is None or second is None:
+            continue
+        lines.append(
+            _row(
+                [
+                    name,
+                    interval(mean(difference)),
+                    interval(improvement(first, second), signed=False),
+                    f"{int((difference.mean(1) > 0).sum())} of {len(shared)}",
+                    interval(_mean(_difference(ours, theirs, "judge"))),
+                ]
+            )
+        )
+    return "\n".join(lines)
+
+
+def _difference(ours: Cells, theirs: Cells, measure: str) -> Matrix | None:
+    """Paired by seed and prompt, on the same noises."""
+    first, second = (gains(each, measure=measure, side="aligned") for each in (ours, theirs))
+    return None if first is None or second is None or first.shape != second.shape else first - second
+
+
+def _one_per_seed(cells: Cells) -> list[dict[str, Any]]:
+    return list({cell["seed"]: cell for cell in cells}.values())
+
+
+def _mean(values: Matrix | None) -> Estimate | None:
+    return None if values is None else mean(values)
+
+
+def interval(estimate: Estimate | None, *, signed: bool = True) -> str:
+    """+0.31 [+0.22, +0.40]."""
+    if estimate is None:
+        return "-"
+    form = "+.3f" if signed else ".2f"
+    text = format(estimate.value, form)
+    return text if estimate.low is None else f"{text} [{format(estimate.low, form)}, {format(estimate.high, form)}]"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def _number(value: float | None) -> float:
+    return np.nan if value is None else value
