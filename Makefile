@@ -1,6 +1,6 @@
 # make demo         install into .venv, align the bundled miniature, and say where the report lies
 # make test         lint, types and the whole test suite
-# make miniature    train the bundled model and its reward models again (hours; MINIATURE_QUICK=/tmp/quick: minutes)
+# make miniature    train the bundled model and its reward models again (hours; MINIATURE_QUICK=build/quick: minutes)
 # make clean        remove .venv and what builds leave behind; runs/ stays
 
 PYTHON ?= python3
