@@ -1,8 +1,9 @@
-"""Network evaluations per trajectory, counted by hooks on the UNet, against `TailorPO.cost` and against the contract.
+"""Network evaluations per trajectory, counted by hooks on the UNet, against each method's `cost` and the contract.
 
     python benchmarks/cost_count.py [--model emoji]
 
-T = 20 steps, 5 of them trained. F is one guided forward of one latent (two rows of the UNet's batch), B one backward
+T = 20 steps; TailorPO trains 5 of them, D3PO and DDPO all, SPO those from the fifth on. D3PO's trajectory is a pair of
+chains. F is one guided forward of one latent (two rows of the UNet's batch), B one backward
 for the loss, I one backward to the latents of a pair (guidance), R one picture decoded and scored. A backward I goes
 through both candidates, because the batch that is differentiated does not know its winners yet: two rows of work each.
 """
@@ -20,15 +21,22 @@ from common import RESULTS, observe, save
 
 from tailorpo.run import Run
 
+TAILORPO = {"name": "tailorpo", "train_steps": 5}
 SIGMA = {"form": "sigma", "k": 0.5}
 VARIANTS: dict[str, tuple[dict[str, Any], tuple[int, int, int] | None]] = {
     # name: (settings of the algorithm, (F, B, I) that the project's contract promises)
-    "TailorPO, inline": ({"update": "inline"}, (30, 5, 0)),
-    "TailorPO, buffered": ({"update": "buffered"}, (35, 5, 0)),
-    "TailorPO-G, inline": ({"update": "inline", "guidance": SIGMA}, (35, 5, 5)),
-    "TailorPO-G, buffered": ({"update": "buffered", "guidance": SIGMA}, None),
-    "TailorPO-G, inline, accept/reject": ({"update": "inline", "guidance": {**SIGMA, "accept_reject": True}}, None),
-    "TailorPO-G, inline, Jacobian-free": ({"update": "inline", "guidance": {**SIGMA, "jacobian": "free"}}, None),
+    "TailorPO, inline": ({**TAILORPO, "update": "inline"}, (30, 5, 0)),
+    "TailorPO, buffered": ({**TAILORPO, "update": "buffered"}, (35, 5, 0)),
+    "TailorPO-G, inline": ({**TAILORPO, "guidance": SIGMA}, (35, 5, 5)),
+    "TailorPO-G, buffered": ({**TAILORPO, "update": "buffered", "guidance": SIGMA}, None),
+    "TailorPO-G, inline, accept/reject": ({**TAILORPO, "guidance": {**SIGMA, "accept_reject": True}}, None),
+    "TailorPO-G, inline, Jacobian-free": ({**TAILORPO, "guidance": {**SIGMA, "jacobian": "free"}}, None),
+    "D3PO, buffered (the official schedule)": ({"name": "d3po"}, (120, 40, 0)),
+    "D3PO, inline": ({"name": "d3po", "update": "inline"}, (80, 40, 0)),
+    "DDPO": ({"name": "ddpo"}, (40, 20, 0)),
+    "SPO, 4 candidates, buffered, no pair dropped": ({"name": "spo", "threshold": 0.0}, (97, 16, 0)),
+    "SPO, 4 candidates, inline": ({"name": "spo", "update": "inline"}, (96, 16, 0)),
+    "reward backpropagation, last step": ({"name": "reward_backprop"}, (20, 1, 0)),
 }
 TRAJECTORIES, MICRO = 4, 2
 
@@ -40,7 +48,7 @@ def count(model: str, algorithm: dict[str, Any]) -> tuple[dict[str, float], dict
             "updates": 1,
             "model": {"path": model},
             "sampler": {"steps": 20, "guidance_scale": 5.0},
-            "algorithm": {"train_steps": 5, **algorithm},
+            "algorithm": algorithm,
             "reward": {"name": "brightness"},
             "prompts": {"list": ["a cat", "a dog"]},
             "batch": {"trajectories": TRAJECTORIES, "micro": MICRO},
@@ -64,7 +72,8 @@ def count(model: str, algorithm: dict[str, Any]) -> tuple[dict[str, float], dict
     }
     assert rows["decode"] == rows["reward"]
     assert rows["unet input"] / 2 == 2 * counted["input_gradients"]  # both candidates
-    return {name: value / TRAJECTORIES for name, value in counted.items()}, asdict(run.algorithm.cost(20, steps))
+    said = asdict(run.algorithm.cost(20, steps))
+    return {name: value / TRAJECTORIES for name, value in counted.items()}, {name: said[name] for name in counted}
 
 
 def main() -> None:
@@ -72,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji", help="a bundled model, or a diffusers folder")
     model = parser.parse_args().model
-    lines = ["| algorithm, T = 20, K = 5 | F | B | I | R | contract |", "| --- | ---: | ---: | ---: | ---: | --- |"]
+    lines = ["| method, T = 20 | F | B | I | R | contract |", "| --- | ---: | ---: | ---: | ---: | --- |"]
     results: list[dict[str, Any]] = []
     wrong: list[str] = []
     for name, (algorithm, contract) in VARIANTS.items():
@@ -92,7 +101,7 @@ def main() -> None:
     lines += ["latents of a pair; it goes through both candidates, so it is the work of two gradients of one latent."]
     table = "\n".join(lines) + "\n"
     print(table)
-    save("cost_count", {"unit": "per trajectory", "steps": 20, "trained_steps": 5, "results": results})
+    save("cost_count", {"unit": "per trajectory", "steps": 20, "results": results})
     (RESULTS / "cost_count.md").write_text(table, encoding="utf-8")
     if wrong:
         raise SystemExit("\n".join(wrong))
