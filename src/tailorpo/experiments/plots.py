@@ -40,8 +40,12 @@ def plot_grid(grid: Grid, content: dict[str, Any], path: Path) -> None:
     """Draw the finished cells, one row of panels per reward."""
     plt = pyplot()
     rewards = [reward for reward in grid.seeds if by_variant(grid, content["cells"], reward)]
-    colours = {variant.name: COLOURS[index % len(COLOURS)] for index, variant in enumerate(grid.variants)}
-    height = 3.2 if len(grid.variants) <= 10 else 0.24 * len(grid.variants)
+    many = len(grid.variants) > len(COLOURS)
+    # More variants than colours: one colour per method, which is what stands before the comma.
+    groups = {variant.name: variant.name.partition(",")[0] if many else variant.name for variant in grid.variants}
+    places = {group: index for index, group in enumerate(dict.fromkeys(groups.values()))}
+    colours = {name: COLOURS[places[group] % len(COLOURS)] for name, group in groups.items()}
+    height = 0.24 * len(grid.variants) if many else 3.2
     figure, axes = plt.subplots(
         len(rewards), 3, figsize=(12, height * len(rewards)), squeeze=False, layout="constrained"
     )
@@ -49,11 +53,11 @@ def plot_grid(grid: Grid, content: dict[str, Any], path: Path) -> None:
         variants = by_variant(grid, content["cells"], reward)
         for panel, (axis, label) in zip(row[:2], AXES, strict=True):
             for name, cells in variants.items():
-                _curve(panel, cells, axis, colour=colours[name], label=name)
+                _curve(panel, cells, axis, colour=colours[name], label=groups[name])
             panel.set_xlabel(label)
             panel.set_ylabel(f"{reward}\n(plain samples, seen prompts)")
-        if len(variants) <= 10:
-            row[0].legend(frameon=False, fontsize=7)
+        lines = dict(zip(*reversed(row[0].get_legend_handles_labels()), strict=True))
+        row[0].legend(lines.values(), lines.keys(), frameon=False, fontsize=7)
         _final(row[2], variants, colours)
         row[2].set_xlabel(f"gain of {reward}, seen prompts")
     path.parent.mkdir(parents=True, exist_ok=True)
