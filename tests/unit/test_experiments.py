@@ -100,6 +100,16 @@ def test_the_catalogue_is_sound() -> None:
         assert grid.reference in [None, *(variant.name for variant in grid.variants)], grid.name
         ids = [plan.cell.id for plan in plans(grid, recipes=RECIPES, overrides=LR)]
         assert len(ids) == len(set(ids)), grid.name
+    # What tune found is replaced by what a variant says of itself, such as how SPO scores its steps.
+    winners = {
+        m.name: next(v.overrides for v in BY_NAME["tune"].variants if v.name.startswith(f"{m.name},")) for m in METHODS
+    }
+    for grid in GRIDS:
+        for plan in plans(grid, recipes=RECIPES, winners=winners):
+            mode = getattr(plan.run.algorithm, "step_reward", None)
+            assert (mode == "aware") == (plan.cell.variant.name == "SPO, step-aware"), plan.cell.id
+            if grid.name == "train-steps":
+                assert plan.cell.variant.name == f"K = {getattr(plan.run.algorithm, 'train_steps', None)}"
     tried = [variant for variant in BY_NAME["tune"].variants if variant.name.startswith("TailorPO,")]
     assert len(tried) == len(LEARNING_RATES) * len(KNOBS["TailorPO"][1]) == 6
 

@@ -168,7 +168,7 @@ def plans(
                     tuned = (winners or {}).get(variant.tuned or "", ())
                     trained = variant.proxy[1] if variant.proxy else reward
                     common = (*grid.overrides, *overrides, f"seed={seed}")
-                    settings = (f"reward={{name: {trained}}}", *variant.overrides, *tuned, *common)
+                    settings = (f"reward={{name: {trained}}}", *tuned, *variant.overrides, *common)
                     measured = Run.load(recipes / MEASURED, [f"reward={{name: {reward}}}", *common])
                     found.append(_plan(grid, cell, recipes / variant.recipe, settings, measured=measured))
     samplers = {run.sampler for plan in found for run in (plan.run, plan.measured)}
