@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 
 from tailorpo.errors import UserError
-from tailorpo.experiments.catalogue import GRIDS, KNOBS, LEARNING_RATES, METHODS, OBJECTS, PREFERENCE
+from tailorpo.experiments.catalogue import FURTHER, GRIDS, KNOBS, LEARNING_RATES, METHODS, OBJECTS, PREFERENCE
 from tailorpo.experiments.cell import RESULT, marks, run_cell
 from tailorpo.experiments.conduct import Conduct, write_views
 from tailorpo.experiments.grid import Grid, Plan, plans, quick
 from tailorpo.experiments.runner import Places, finished_cells, read_results, run_cells, write_results
-from tailorpo.experiments.tables import by_variant, gains, grid_tables
-from tailorpo.experiments.tuning import winners
+from tailorpo.experiments.tables import by_variant, first_crossing, gains, grid_tables
+from tailorpo.experiments.tuning import refined, winners
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 BY_NAME = {grid.name: grid for grid in GRIDS}
@@ -112,6 +112,13 @@ def test_the_catalogue_is_sound() -> None:
                 assert plan.cell.variant.name == f"K = {getattr(plan.run.algorithm, 'train_steps', None)}"
     tried = [variant for variant in BY_NAME["tune"].variants if variant.name.startswith("TailorPO,")]
     assert len(tried) == len(LEARNING_RATES) * len(KNOBS["TailorPO"][1]) == 6
+    # Every method gets the same number of settings, and what lies beyond a strength is none that was tried.
+    for grid, count in (("tune", 6), ("refine", 3)):
+        methods = [variant.name.partition(",")[0] for variant in BY_NAME[grid].variants]
+        assert [methods.count(method.name) for method in METHODS] == [count] * 6
+    for method, (key, values) in KNOBS.items():
+        assert FURTHER[method].startswith(f"{key}=")
+        assert FURTHER[method].partition("=")[2] not in values
 
 
 def test_quick_is_one_update_of_every_variant() -> None:
@@ -221,6 +228,15 @@ def test_finished_cells_are_skipped_until_their_settings_change(tmp_path: Path) 
     assert list(finished_cells(found, elsewhere, "methods")) == ids[:2]
     changed = [replace(plan, points=99) for plan in found]
     assert finished_cells(changed, places, "methods") == {}
+
+    # Under another name it is the same run; an experiment that has it from there says so, and passes it on no further.
+    variant = replace(found[0].cell.variant, name="mine")
+    other = [replace(found[0], cell=replace(found[0].cell, variant=variant))]
+    (borrowed,) = write_results(other, elsewhere, "ablation", head={}, keep=False)["cells"]
+    assert (borrowed["id"], borrowed["variant"], borrowed["from"]) == (f"mine.{PREFERENCE}.1", "mine", "methods")
+    places.json("methods").rename(tmp_path / "aside")
+    assert finished_cells(found, elsewhere, "methods") == {}
+    (tmp_path / "aside").rename(places.json("methods"))
 
     # A part of the grid keeps the rest of the file; all of it leaves out what is out of date.
     write_results(changed[2:], places, "methods", head={}, keep=True)
@@ -378,18 +394,31 @@ def synthetic(grid: Grid, *, strength: dict[str, float], seeds: Sequence[int] = 
 def test_the_table_says_who_won_and_by_how_much() -> None:
     grid = some("D3PO", "TailorPO", "TailorPO-G", rewards={PREFERENCE: (1, 2, 3), "colourfulness": (1, 2, 3)})
     text = grid_tables(grid, synthetic(grid, strength={"D3PO": 0.0, "TailorPO": 0.2, "TailorPO-G": 0.6}))
-    assert "`tune` had not been run" in text
+    assert "nothing had been tuned" in text
     preference = text.partition("### emoji_preference")[2].partition("###")[0].splitlines()
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in preference if line.startswith("| ")}
     assert rows["base"][2].startswith("5.0")
     assert 0.5 < float(rows["TailorPO-G"][3].split()[0]) < 0.7
     assert rows["TailorPO-G"][7] == "90 %"
     assert rows["TailorPO-G"][8] == "6.0"
+    assert rows["base"][9] == ""
+    assert "gain at 5,400 queries" in text
+    assert rows["TailorPO-G"][9] == "+0.600"
     compared = [line.split(" | ") for line in preference if line.startswith("| D3PO")][1]
     assert 0.5 < float(compared[1].split()[0]) < 0.7
     assert compared[2].startswith("1.00")
     assert compared[3] == "3 of 3"
     assert float(compared[4].split()[0]) == pytest.approx(0.3)
+    # G's curve rises by 0.1 in 2,800 evaluations: it is at TailorPO's end, 0.2, after a third of all 16,800.
+    assert compared[5:] == ["it ends below the base", "- |"]
+    tailorpo = [line.split(" | ") for line in preference if line.startswith("| TailorPO |")][1]
+    assert tailorpo[5:] == ["5,600", "0.33 (0.33 to 0.33) |"]
+
+
+def test_when_a_curve_first_reaches_a_level() -> None:
+    spent, reward = np.array([0.0, 10.0, 20.0, 30.0]), np.array([1.0, 3.0, 2.0, 5.0])
+    crossings = {level: first_crossing(spent, reward, level) for level in (0.5, 1.0, 2.0, 3.5, 5.0, 6.0)}
+    assert crossings == {0.5: 0.0, 1.0: 0.0, 2.0: 5.0, 3.5: 25.0, 5.0: 30.0, 6.0: None}
 
 
 def test_prompts_without_a_number_are_left_out_of_every_cell() -> None:

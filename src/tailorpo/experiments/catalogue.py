@@ -6,6 +6,8 @@ are the starting points, and `tune` gives every method the same number of settin
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tailorpo.experiments import gradient_direction, hacking, step_reward
 from tailorpo.experiments.grid import Grid, Variant
 from tailorpo.experiments.measurement import Measurement
@@ -53,6 +55,21 @@ KNOBS: dict[str, tuple[str, tuple[str, ...]]] = {
 """What `tune` tries of each method beside the learning rate: its main strength. D3PO's is the number of optimizer steps
 per update, since its beta is divided out by Adam (see algorithms/d3po.py)."""
 
+FURTHER = {
+    "DDPO": "algorithm.clip=3e-5",
+    "D3PO": "algorithm.accumulate=2",
+    "SPO": "algorithm.beta=100",
+    "TailorPO": "algorithm.beta=0.03",
+    "TailorPO-G": "algorithm.guidance.k=8",
+    "reward backprop": "algorithm.last_steps=10",
+}
+"""The same strength one step beyond the value that won in `tune`, for `refine`."""
+
+HALF = ("batch.trajectories=4", "batch.micro=4")
+DOUBLE = ("batch.trajectories=16", "batch.micro=16")
+BUFFERED = {"DDPO", "D3PO", "SPO"}
+"""Methods whose minibatch has to grow with the batch; a smaller batch bounds it anyway."""
+
 OBJECTS = tuple(
     """
     a red apple|a pear|an orange|a lemon|a banana|a watermelon|a strawberry|a peach|a pineapple|a tomato|an avocado
@@ -65,7 +82,22 @@ OBJECTS = tuple(
 )
 """45 things that the bundled miniature draws and that are no animals: what `tune` trains and measures on."""
 
-EVALUATION = ("eval.seeds=4", "eval.prompts_unseen={name: animals_unseen}", "eval.judge={name: emoji_judge}")
+BUDGET = 5_600
+"""Guided network evaluations of every run: 20 updates of the demo. Methods are compared where they were tuned."""
+
+ON_OBJECTS = (
+    f"prompts={{list: [{', '.join(OBJECTS)}]}}",
+    "eval.prompts_seen=null",
+    "eval.prompts_unseen=null",
+    "eval.judge=null",
+    "eval.seeds=2",
+)
+EVALUATION = (
+    "eval.seeds=2",
+    "eval.batch_size=32",
+    "eval.prompts_unseen={name: animals_unseen}",
+    "eval.judge={name: emoji_judge}",
+)
 
 
 def _tuning() -> tuple[Variant, ...]:
@@ -82,6 +114,19 @@ def _tuning() -> tuple[Variant, ...]:
     )
 
 
+def _refining() -> tuple[Variant, ...]:
+    found: list[Variant] = []
+    for method in METHODS:
+        double = (*DOUBLE, "algorithm.minibatch=16") if method.name in BUFFERED else DOUBLE
+        key, _, value = FURTHER[method.name].removeprefix("algorithm.").partition("=")
+        tried = {f"{key} {value}": (FURTHER[method.name],), "batch 4": HALF, "batch 16": double}
+        found += [
+            replace(method, name=f"{method.name}, {name}", overrides=(*method.overrides, *each))
+            for name, each in tried.items()
+        ]
+    return tuple(found)
+
+
 GRIDS = (
     Grid(
         name="tune",
@@ -90,16 +135,20 @@ GRIDS = (
         statistic="mean gain of the trained reward over 45 prompts that are no animals, one seed; no judge",
         variants=_tuning(),
         seeds={PREFERENCE: (101,)},
-        budget=5_600,
-        overrides=(
-            f"prompts={{list: [{', '.join(OBJECTS)}]}}",
-            "eval.prompts_seen=null",
-            "eval.prompts_unseen=null",
-            "eval.judge=null",
-            "eval.seeds=2",
-        ),
+        budget=BUDGET,
+        overrides=ON_OBJECTS,
         reference=None,
-        points=3,
+    ),
+    Grid(
+        name="refine",
+        question="Does the best of `tune` gain by another batch, or by more of its strength? Three more for each.",
+        paper="none",
+        statistic="as in tune",
+        variants=_refining(),
+        seeds={PREFERENCE: (101,)},
+        budget=BUDGET,
+        overrides=ON_OBJECTS,
+        reference=None,
     ),
     Grid(
         name="methods",
@@ -108,7 +157,7 @@ GRIDS = (
         statistic="interquartile mean of the gain over seeds and prompts, probability of improvement",
         variants=(*METHODS, SPO_AWARE),
         seeds={PREFERENCE: (1, 2, 3, 4, 5), COLOUR: (1, 2, 3), JPEG: (1, 2, 3)},
-        budget=16_800,
+        budget=BUDGET,
         overrides=EVALUATION,
         reference="TailorPO-G",
     ),
@@ -119,10 +168,9 @@ GRIDS = (
         statistic="interquartile mean of the gain over seeds and prompts",
         variants=ABLATION,
         seeds={PREFERENCE: (1, 2, 3, 4, 5), COLOUR: (1, 2, 3)},
-        budget=16_800,
+        budget=BUDGET,
         overrides=EVALUATION,
         reference="+ guidance (TailorPO-G)",
-        points=3,
     ),
     Grid(
         name="train-steps",
@@ -138,11 +186,10 @@ GRIDS = (
             )
             for count in (3, 5, 8, 10, 15, 20)
         ),
-        seeds={PREFERENCE: (1, 2, 3), COLOUR: (1, 2, 3), JPEG: (1, 2, 3)},
-        budget=16_800,
+        seeds={PREFERENCE: (1, 2, 3), COLOUR: (1, 2), JPEG: (1, 2)},
+        budget=BUDGET,
         overrides=EVALUATION,
         reference="K = 5",
-        points=3,
     ),
     Grid(
         name="guidance",
@@ -168,10 +215,9 @@ GRIDS = (
             }.items()
         ),
         seeds={PREFERENCE: (1, 2, 3)},
-        budget=16_800,
+        budget=BUDGET,
         overrides=EVALUATION,
         reference="sigma, k 2",
-        points=3,
     ),
 )
 

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tailorpo._distributed import pick_device
 from tailorpo.evaluate import SIDES, evaluate
@@ -62,17 +63,21 @@ def run_cell(plan: Plan, folder: Path, *, reporter: Reporter) -> dict[str, Any]:
             model = train(replace(run, updates=mark), directory, reporter=reporter)
             if not curve:
                 with model.reference():
-                    start = _point(measured, model)
+                    start = _point(measured, model, kl=False)
                 curve.append({"update": 0, "forwards": 0, "reward_queries": 0, **start})
             if mark not in {point["update"] for point in curve}:
                 row = directory.metrics()[-1]
                 spent = {key: row[key] for key in ("update", "forwards", "reward_queries")}
-                curve.append({**spent, **_point(measured, model)})
+                curve.append({**spent, **_point(measured, model, kl=mark == run.updates)})
             directory.write_json(CURVE, curve)
         assert model is not None
-        kl = sampler_kl(measured, model)
         evaluation = evaluate(measured, directory, model, reporter=reporter)
-        result = {**_description(plan, directory), "kl": kl, "curve": curve, "evaluation": per_prompt(evaluation)}
+        result = {
+            **_description(plan, directory),
+            "kl": curve[-1]["kl"],
+            "curve": curve,
+            "evaluation": per_prompt(evaluation),
+        }
         result["minutes"] = round((result["seconds"] + evaluation["cost"]["seconds"]) / 60, 2)
         atomic_write(folder / RESULT, json.dumps(result, allow_nan=False) + "\n")
     return result
@@ -84,20 +89,19 @@ def marks(updates: int, points: int) -> list[int]:
 
 
 @torch.no_grad()
-def _point(run: Run, model: DiffusionModel) -> dict[str, float | None]:
-    """Means of the trained reward and of the judge over one picture per seen prompt."""
-    prompts = load_prompts(run.eval.prompts_seen or run.prompts)
+def _point(run: Run, model: DiffusionModel, *, kl: bool) -> dict[str, float | None]:
+    """Means over one trajectory per seen prompt: the trained reward and the judge of its picture, and its KL."""
     device = pick_device()
     score, judge = load_scorer(run.reward, device, on_invalid="skip"), run.eval.judge
     judging = judge.load(device) if judge else None
-    policy = Policy(model, run.sampler)
     found: dict[str, list[float]] = {}
-    for first in range(0, len(prompts), run.eval.batch_size):
-        texts = prompts[first : first + run.eval.batch_size]
-        pictures = model.decode(_chains(policy, run, texts)[0])
+    for texts, latents, summed in _trajectories(run, model, kl=kl):
+        pictures = model.decode(latents)
         found.setdefault("reward", []).extend(map(float, score(pictures, texts)))
         if judging:
             found.setdefault("judge", []).extend(map(float, judging(pictures, texts)))
+        if kl:
+            found.setdefault("kl", []).extend(summed.tolist())
     return {name: plain(fmean(values)) for name, values in found.items()}
 
 
@@ -105,24 +109,26 @@ def _point(run: Run, model: DiffusionModel) -> dict[str, float | None]:
 def sampler_kl(run: Run, model: DiffusionModel) -> float | None:
     """KL(policy || reference) of a whole trajectory in nats: the exact KL of every step, summed along trajectories of
     the policy, one per seen prompt; the same measure for methods that log their own KL and for those that do not."""
-    prompts = load_prompts(run.eval.prompts_seen or run.prompts)
-    policy = Policy(model, run.sampler)
-    sums: list[float] = []
+    return plain(fmean(float(kl) for _, _, summed in _trajectories(run, model, kl=True) for kl in summed))
+
+
+def _trajectories(run: Run, model: DiffusionModel, *, kl: bool) -> Iterator[tuple[Sequence[str], Tensor, Tensor]]:
+    """Batches of seen prompts: these, the finished latents of one trajectory each, and its summed KL, (B,), zero where
+    it is not asked for."""
+    prompts, policy, noise = (
+        load_prompts(run.eval.prompts_seen or run.prompts),
+        Policy(model, run.sampler),
+        Noise(run.seed),
+    )
     for first in range(0, len(prompts), run.eval.batch_size):
-        sums += _chains(policy, run, prompts[first : first + run.eval.batch_size], kl=True)[1].tolist()
-    return plain(fmean(sums))
-
-
-def _chains(policy: Policy, run: Run, prompts: Sequence[str], *, kl: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Finished latents of one trajectory per prompt, and its summed KL, (B,); zero where it is not asked for."""
-    noise = Noise(run.seed)
-    keys: list[tuple[Key, ...]] = [("curve", prompt) for prompt in prompts]
-    trajectories = start_trajectories(policy, prompts, noise=noise, keys=keys)
-    total = torch.zeros(len(prompts))
-    for at in walk_chains(policy, trajectories, noise=noise):
-        if kl:
-            total += at.step.gaussian.kl(policy.reference_step(at.latents, at.k, trajectories.cond)).cpu()
-    return trajectories.latents, total
+        texts = prompts[first : first + run.eval.batch_size]
+        keys: list[tuple[Key, ...]] = [("curve", prompt) for prompt in texts]
+        trajectories = start_trajectories(policy, texts, noise=noise, keys=keys)
+        total = torch.zeros(len(texts))
+        for at in walk_chains(policy, trajectories, noise=noise):
+            if kl:
+                total += at.step.gaussian.kl(policy.reference_step(at.latents, at.k, trajectories.cond)).cpu()
+        yield texts, trajectories.latents, total
 
 
 def _curve(directory: RunDirectory) -> list[dict[str, Any]]:

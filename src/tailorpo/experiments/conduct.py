@@ -26,13 +26,13 @@ from tailorpo.experiments.runner import (
     write_results,
 )
 from tailorpo.experiments.tables import grid_tables
-from tailorpo.experiments.tuning import winners
+from tailorpo.experiments.tuning import Winners, refined, winners
 from tailorpo.files import atomic_write
 from tailorpo.run import Run
 from tailorpo.settings import did_you_mean
 from tailorpo.train import Reporter
 
-TUNE = next(grid for grid in GRIDS if grid.name == "tune")
+TUNE, REFINE = (next(grid for grid in GRIDS if grid.name == name) for name in ("tune", "refine"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +54,12 @@ class Conduct:
     only: tuple[str, ...] = ()
 
     @property
-    def tuned(self) -> dict[str, tuple[str, ...]]:
-        """What `tune` found, if its result is among the results."""
-        path = self.places.json(TUNE.name)
-        return winners(TUNE, read_results(path)) if path.is_file() else {}
+    def tuned(self) -> Winners:
+        """What `tune` and `refine` found, as far as their results are there; `refine` itself departs from `tune`."""
+        tune = read_results(self.places.json(TUNE.name))
+        if self.grid.name == REFINE.name:
+            return winners(TUNE, tune)
+        return refined(TUNE, tune, REFINE, read_results(self.places.json(REFINE.name)))
 
     def plans(self) -> list[Plan]:
         """The cells that are wanted.

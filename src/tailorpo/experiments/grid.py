@@ -32,7 +32,7 @@ class Variant:
         name: what tables and plots call it.
         recipe: the run file it starts from, in recipes/.
         overrides: the settings it replaces, each `key.sub=value`.
-        tuned: the name under which `tune` has a winner for it; its overrides come last.
+        tuned: the name under which tuning has a winner for it; the variant's own overrides come after the winner's.
         proxy: (reward, its stand-in): trains on the stand-in while the reward measures; there for that reward only.
     """
 
@@ -69,7 +69,7 @@ class Grid:
     budget: int
     overrides: tuple[str, ...] = ()
     reference: str | None
-    points: int = 6
+    points: int = 3
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def plans(
     Args:
         recipes: the folder of the recipes.
         overrides: settings replaced in every cell, after the grid's own.
-        winners: what `tune` found, by `Variant.tuned`.
+        winners: what tuning found, by `Variant.tuned`.
         wanted: which cells; the recipes of the others are not read.
 
     Raises:
@@ -206,7 +206,7 @@ def _plan(grid: Grid, cell: Cell, recipe: Path, settings: tuple[str, ...], *, me
     run = replace(run, updates=updates)
     trajectories = updates * batch
     seen, every = _evaluated_prompts(measured)
-    chains = seen * grid.points + 2 * seen + 2 * every * measured.eval.seeds
+    chains = seen * (grid.points + 2) + 2 * every * measured.eval.seeds
     return Plan(
         cell,
         run,

@@ -78,17 +78,31 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def finished_cells(plans: Sequence[Plan], places: Places, name: str) -> dict[str, dict[str, Any]]:
-    """Results by cell that stand and are up to date, from the results file and from the cells' folders."""
-    committed = {cell["id"]: cell for cell in read_results(places.json(name))["cells"]}
+    """Results by cell that stand and are up to date, from the results files and from the cells' folders.
+
+    A cell that another experiment has measured under the same settings is taken from there, and says so (`from`).
+    """
+    known = _by_digest(places, name)
     found: dict[str, dict[str, Any]] = {}
     for plan in plans:
         path = places.work / name / plan.cell.id / RESULT
         own = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        for result in (own, committed.get(plan.cell.id)):
-            if result is not None and result["digest"] == plan.digest:
-                found[plan.cell.id] = result
-                break
+        if own is not None and own["digest"] == plan.digest:
+            found[plan.cell.id] = own
+        elif plan.digest in known:
+            found[plan.cell.id] = {**known[plan.digest], "id": plan.cell.id, "variant": plan.cell.variant.name}
     return found
+
+
+def _by_digest(places: Places, name: str) -> dict[str, dict[str, Any]]:
+    """Every committed cell; an experiment's own go before those of the others."""
+    own = {cell["digest"]: cell for cell in read_results(places.json(name))["cells"]}
+    others: dict[str, dict[str, Any]] = {}
+    for path in sorted(places.results.glob("*.json")):
+        if path != places.json(name):
+            cells = read_results(path).get("cells", ())
+            others |= {cell["digest"]: {**cell, "from": path.stem} for cell in cells if "from" not in cell}
+    return {**others, **own}
 
 
 def write_results(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
@@ -64,19 +65,21 @@ def grid_tables(grid: Grid, content: dict[str, Any]) -> str:
 def _provenance(grid: Grid, content: dict[str, Any]) -> str:
     cells: Cells = content["cells"]
     counts = ", ".join(f"{reward}: {sum(cell['reward'] == reward for cell in cells)} runs" for reward in grid.seeds)
-    minutes = sum(cell["minutes"] for cell in cells)
+    minutes = sum(cell["minutes"] for cell in cells if "from" not in cell)
+    shared = Counter(cell["from"] for cell in cells if "from" in cell)
+    taken = "".join(f", {count} of them those of `{name}`" for name, count in sorted(shared.items()))
     lines = [
-        f"Budget: {grid.budget:,} guided network evaluations of training per run. {counts}; {minutes / 60:.1f} hours in"
-        f" all on one core each ({content['environment']['processor']}).",
+        f"Budget: {grid.budget:,} guided network evaluations of training per run. {counts}{taken};"
+        f" {minutes / 60:.1f} hours in all on one core each ({content['environment']['processor']}).",
     ]
     tuned = content.get("tuned")
     if any(variant.tuned for variant in grid.variants):
         lines.append(
-            "Settings: the winners of `tune`: "
+            "Settings: what tuning found best: "
             + "; ".join(f"{name}: {' '.join(overrides)}" for name, overrides in tuned.items())
             + "."
             if tuned
-            else "Settings: those of the recipes; `tune` had not been run."
+            else "Settings: those of the recipes; nothing had been tuned."
         )
     if content.get("overrides"):
         lines.append(f"Every run with {' '.join(content['overrides'])}.")
@@ -86,6 +89,8 @@ def _provenance(grid: Grid, content: dict[str, Any]) -> str:
 def _reward_table(grid: Grid, rows: dict[str, list[dict[str, Any]]]) -> str:
     head = ["", "seeds", "reward", "gain, seen prompts (IQM)", "gain, unseen (mean)", "judge, gain", "good pictures"]
     head += ["diversity kept", "KL, nats", "F", "B", "R", "min"]
+    queries, per_query = _at_equal_queries(rows)
+    head.insert(-4, f"gain at {queries:,} queries")
     lines = [_row(head), _row(["---"] * len(head))]
     every = [cell for cells in rows.values() for cell in cells]
     base = gains(_one_per_seed(every), side="base")
@@ -101,7 +106,7 @@ def _reward_table(grid: Grid, rows: dict[str, list[dict[str, Any]]]) -> str:
             "" if good is None else f"{100 * good.mean():.0f} %",
             "100 %",
         ]
-        lines.append(_row([*cells, "0", "0", "0", "0", ""]))
+        lines.append(_row([*cells, "0", "", "0", "0", "0", ""]))
     for name, cells in rows.items():
         seen, aligned = gains(cells), gains(cells, side="aligned")
         good, diversity = gains(cells, measure="good", side="aligned"), kept(cells)
@@ -118,6 +123,7 @@ def _reward_table(grid: Grid, rows: dict[str, list[dict[str, Any]]]) -> str:
                     "-" if good is None else f"{100 * good.mean():.0f} %",
                     "-" if diversity is None else f"{100 * diversity:.0f} %",
                     f"{fmean(kls):.1f}" if kls else "-",
+                    f"{per_query[name]:+.3f}",
                     *(
                         f"{fmean(cell[key] for cell in cells):,.0f}"
                         for key in ("forwards", "backwards", "reward_queries")
@@ -128,9 +134,9 @@ def _reward_table(grid: Grid, rows: dict[str, list[dict[str, Any]]]) -> str:
         )
     note = (
         "\n\nReward, gain and judge: means over 4 pictures a prompt, gains against the base model on the same noises;"
-        " 95 % intervals over training seeds and prompts (over prompts alone where there is one seed). F: guided"
-        " network evaluations of the training; B: backward passes; R: reward queries; min: minutes on one core, with"
-        " the evaluation."
+        " 95 % intervals over training seeds and prompts (over prompts alone where there is one seed). Gain at equal"
+        " reward queries: of the learning curves, linear between their points. F: guided network evaluations of the"
+        " training; B: backward passes; R: reward queries; min: minutes on one core, with the evaluation."
     )
     pictures = every[0]["evaluation"]["pictures"]
     return "\n".join(lines) + note.replace("4 pictures", f"{pictures} pictures")
@@ -141,6 +147,7 @@ def _comparison(grid: Grid, rows: dict[str, list[dict[str, Any]]]) -> str | None
     if reference is None or len(rows) < 2 or max(map(len, rows.values())) < 2:
         return None
     head = [f"{grid.reference} against", "difference of the gain", "P(improvement)", "seeds won", "judge, difference"]
+    head += ["F to its final reward", "as a share of its F"]
     lines = [_row(head), _row(["---"] * len(head))]
     for name, cells in rows.items():
         if name == grid.reference:
@@ -161,10 +168,62 @@ def _comparison(grid: Grid, rows: dict[str, list[dict[str, Any]]]) -> str | None
                     interval(improvement(first, second), signed=False),
                     f"{int((difference.mean(1) > 0).sum())} of {len(shared)}",
                     interval(_mean(_difference(ours, theirs, "judge"))),
+                    *_reached(ours, theirs),
                 ]
             )
         )
-    return "\n".join(lines)
+    note = (
+        f"\n\nThe last columns: after how many evaluations {grid.reference}'s learning curve reaches the value at which"
+        " the other's ends; of the curves' means over seeds, in brackets the extremes of single seeds; linear between"
+        " the curve's points."
+    )
+    return "\n".join(lines) + note
+
+
+def curve(cells: Cells, axis: str) -> tuple[Matrix, Matrix]:
+    """The learning curves of the seeds, (S, points): what was spent, and the mean reward of plain samples."""
+    spent, reward = (np.array([[point[key] for point in cell["curve"]] for cell in cells]) for key in (axis, "reward"))
+    return spent.astype(np.float64), reward.astype(np.float64)
+
+
+def first_crossing(spent: Matrix, reward: Matrix, level: float) -> float | None:
+    """What had been spent when a curve, linear between its points, first reached a level; None if it never did."""
+    if reward[0] >= level:
+        return float(spent[0])
+    for i in range(1, len(reward)):
+        if reward[i] >= level:
+            share = (level - reward[i - 1]) / (reward[i] - reward[i - 1])
+            return float(spent[i - 1] + share * (spent[i] - spent[i - 1]))
+    return None
+
+
+def _reached(ours: Cells, theirs: Cells) -> list[str]:
+    """After how many evaluations our curve reaches the end of theirs, and as a share of what they had spent."""
+    spent, reward = curve(ours, "forwards")
+    other_spent, other_reward = curve(theirs, "forwards")
+    level = float(other_reward[:, -1].mean())
+    at = first_crossing(spent.mean(0), reward.mean(0), level)
+    if level <= other_reward[:, 0].mean():
+        return ["it ends below the base", "-"]
+    if at is None:
+        return ["not reached", "-"]
+    single = [first_crossing(s, r, float(end)) for s, r, end in zip(spent, reward, other_reward[:, -1], strict=True)]
+    shares = [None if s is None else s / t for s, t in zip(single, other_spent[:, -1], strict=True)]
+    known = [share for share in shares if share is not None]
+    missed = f", {len(shares) - len(known)} of {len(shares)} seeds never" if len(known) < len(shares) else ""
+    spread = f" ({min(known):.2f} to {max(known):.2f}{missed})" if known else ""
+    return [f"{at:,.0f}", f"{at / float(other_spent[:, -1].mean()):.2f}{spread}"]
+
+
+def _at_equal_queries(rows: dict[str, list[dict[str, Any]]]) -> tuple[int, dict[str, float]]:
+    """The reward queries that every method has made, and the mean gain of each learning curve there."""
+    curves = {name: curve(cells, "reward_queries") for name, cells in rows.items()}
+    queries = min(float(spent[:, -1].min()) for spent, _ in curves.values())
+    found = {
+        name: float(np.mean([np.interp(queries, s, r) - r[0] for s, r in zip(spent, reward, strict=True)]))
+        for name, (spent, reward) in curves.items()
+    }
+    return int(queries), found
 
 
 def _difference(ours: Cells, theirs: Cells, measure: str) -> Matrix | None:
