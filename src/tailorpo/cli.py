@@ -385,7 +385,7 @@ def experiment(
     continuations: Annotated[int | None, typer.Option(min=2, help="step-reward: of each sibling.")] = None,
     pairs: Annotated[int | None, typer.Option(min=1, help="gradient-direction: pairs of trajectories.")] = None,
     page: Annotated[
-        Path | None, typer.Option("--docs", help="Put the results into this page instead.", show_default=False)
+        Path | None, typer.Option("--docs", help="Put the results into this page or folder.", show_default=False)
     ] = None,
     cell: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -399,7 +399,7 @@ def experiment(
       tailorpo experiment methods --dry-run        the cells, what they cost, what is finished
       tailorpo experiment methods --jobs 2         run them, two at a time
       tailorpo experiment methods --only 'tailorpo-g.*'
-      tailorpo experiment --docs docs/experiments.md
+      tailorpo experiment --docs docs              tables and plots into its pages
     """
     from tailorpo.experiments import command, conduct
     from tailorpo.experiments.grid import Grid

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from tailorpo.experiments.docs import MISSING
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ("--recipes", ROOT / "recipes")
+RESULTS = ROOT / "benchmarks" / "results" / "experiments"
 
 pytest.importorskip("matplotlib")
 
@@ -89,3 +92,23 @@ def test_the_page_gets_the_results_there_are(tmp_path: Path) -> None:
     assert page.read_text() == filled
     page.write_text("nothing")
     assert "has no place" in refused(*asked)
+
+
+def test_the_pages_hold_what_the_results_say(tmp_path: Path) -> None:
+    """As the command writes them: rows of single methods on their pages, the whole on the experiments' page."""
+    places = 0
+    for source in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        text = source.read_text()
+        if "<!-- experiment: " in text:
+            places += text.count("<!-- experiment: ")
+            page = tmp_path / source.relative_to(ROOT)
+            page.parent.mkdir(parents=True, exist_ok=True)
+            page.write_text(text)
+            tailorpo("experiment", "--docs", page, "--results", RESULTS)
+            where = os.path.relpath(RESULTS, page.parent)
+            assert page.read_text().replace(f"({where}/", "(") == re.sub(
+                r"\((?:\.\./)+benchmarks/results/experiments/", "(", text
+            ), source
+    assert places > 9
+    page.write_text("<!-- experiment: methods: Nobody -->\n<!-- end -->\n")
+    assert "has no Nobody; it has DDPO" in refused("experiment", "--docs", page, "--results", RESULTS)

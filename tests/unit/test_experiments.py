@@ -452,6 +452,23 @@ def test_tune_names_the_best_setting_of_a_method_once_all_were_tried() -> None:
     assert winners(grid, content) == {}
 
 
+def test_refine_changes_the_winner_only_where_that_gains_more() -> None:
+    tune, refine = BY_NAME["tune"], BY_NAME["refine"]
+    first = {variant.name: 0.0 for variant in tune.variants}
+    first |= {"TailorPO-G, lr 1e-3, guidance.k 4": 0.5, "DDPO, lr 1e-3, clip 1e-3": 0.5}
+    second = {"TailorPO-G, guidance.k 8": 0.3, "TailorPO-G, batch 4": 0.8, "TailorPO-G, batch 16": 0.1}
+    second |= {"DDPO, clip 3e-5": 0.2, "DDPO, batch 4": 0.1, "DDPO, batch 16": 0.0}
+    contents = (synthetic(grid, strength=each, seeds=(101,)) for grid, each in ((tune, first), (refine, second)))
+    found = refined(tune, next(contents), refine, next(contents))
+    assert found["TailorPO-G"] == (
+        "optimizer.lr=1e-3",
+        "algorithm.guidance.k=4",
+        "batch.trajectories=4",
+        "batch.micro=4",
+    )
+    assert found["DDPO"] == ("optimizer.lr=1e-3", "algorithm.clip=1e-3")
+
+
 def test_methods_run_with_the_winners_of_tune(tmp_path: Path) -> None:
     places = Places(tmp_path, tmp_path / "work")
     tune = BY_NAME["tune"]

@@ -186,10 +186,11 @@ GRIDS = (
             )
             for count in (3, 5, 8, 10, 15, 20)
         ),
-        seeds={PREFERENCE: (1, 2, 3), COLOUR: (1, 2), JPEG: (1, 2)},
+        seeds={PREFERENCE: (1, 2, 3), COLOUR: (1,), JPEG: (1,)},
         budget=BUDGET,
         overrides=EVALUATION,
         reference="K = 5",
+        points=2,
     ),
     Grid(
         name="guidance",
@@ -218,6 +219,7 @@ GRIDS = (
         budget=BUDGET,
         overrides=EVALUATION,
         reference="sigma, k 2",
+        points=2,
     ),
 )
 
@@ -229,7 +231,7 @@ MEASUREMENTS = (
         statistic="relative error; share of sibling pairs that the step reward ranks wrongly",
         recipe="emoji_tailorpo.yaml",
         overrides=(f"reward=[{{name: {PREFERENCE}}}, {{name: {COLOUR}}}, {{name: {JPEG}}}]", "seed=7"),
-        sizes={"states": 100, "continuations": 64},
+        sizes={"states": 60, "continuations": 100},
         quick={"states": 2, "continuations": 2},
         cost=step_reward.cost,
         measure=step_reward.measure,

@@ -62,6 +62,35 @@ def grid_tables(grid: Grid, content: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def variant_table(grid: Grid, content: dict[str, Any], names: Sequence[str], rewards: Sequence[str]) -> str | None:
+    """The main numbers of some variants for other pages, a row for each and every reward; None where there are none."""
+    head = ["", "trained on", "seeds", "its gain, seen prompts (IQM)", "judge, gain", "diversity kept", "KL, nats"]
+    head += ["F", "B", "R"]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for reward in rewards:
+        rows = by_variant(grid, content["cells"], reward)
+        for name, cells in rows.items():
+            if name not in names:
+                continue
+            seen, diversity = gains(cells), kept(cells)
+            spent = (fmean(cell[key] for cell in cells) for key in ("forwards", "backwards", "reward_queries"))
+            lines.append(
+                _row(
+                    [
+                        name,
+                        f"`{reward}`",
+                        str(len(cells)),
+                        interval(None if seen is None else iqm(seen)),
+                        interval(_mean(gains(cells, measure="judge"))),
+                        "-" if diversity is None else f"{100 * diversity:.0f} %",
+                        _kl(cells),
+                        *(f"{number:,.0f}" for number in spent),
+                    ]
+                )
+            )
+    return None if len(lines) == 2 else "\n".join(lines)
+
+
 def _provenance(grid: Grid, content: dict[str, Any]) -> str:
     cells: Cells = content["cells"]
     counts = ", ".join(f"{reward}: {sum(cell['reward'] == reward for cell in cells)} runs" for reward in grid.seeds)
@@ -110,7 +139,6 @@ def _reward_table(grid: Grid, rows: dict[str, list[dict[str, Any]]]) -> str:
     for name, cells in rows.items():
         seen, aligned = gains(cells), gains(cells, side="aligned")
         good, diversity = gains(cells, measure="good", side="aligned"), kept(cells)
-        kls = [cell["kl"] for cell in cells if cell["kl"] is not None]
         lines.append(
             _row(
                 [
@@ -122,7 +150,7 @@ def _reward_table(grid: Grid, rows: dict[str, list[dict[str, Any]]]) -> str:
                     interval(_mean(gains(cells, measure="judge"))),
                     "-" if good is None else f"{100 * good.mean():.0f} %",
                     "-" if diversity is None else f"{100 * diversity:.0f} %",
-                    f"{fmean(kls):.1f}" if kls else "-",
+                    _kl(cells),
                     f"{per_query[name]:+.3f}",
                     *(
                         f"{fmean(cell[key] for cell in cells):,.0f}"
@@ -230,6 +258,11 @@ def _difference(ours: Cells, theirs: Cells, measure: str) -> Matrix | None:
     """Paired by seed and prompt, on the same noises."""
     first, second = (gains(each, measure=measure, side="aligned") for each in (ours, theirs))
     return None if first is None or second is None or first.shape != second.shape else first - second
+
+
+def _kl(cells: Cells) -> str:
+    values = [cell["kl"] for cell in cells if cell["kl"] is not None]
+    return f"{fmean(values):,.1f}" if values else "-"
 
 
 def _one_per_seed(cells: Cells) -> list[dict[str, Any]]:
