@@ -101,7 +101,7 @@ def _point(run: Run, model: DiffusionModel, *, kl: bool) -> dict[str, float | No
         if judging:
             found.setdefault("judge", []).extend(map(float, judging(pictures, texts)))
         if kl:
-            found.setdefault("kl", []).extend(summed.tolist())
+            found.setdefault("kl", []).extend(map(float, summed))
     return {name: plain(fmean(values)) for name, values in found.items()}
 
 

@@ -247,10 +247,10 @@ def _at_equal_queries(rows: dict[str, list[dict[str, Any]]]) -> tuple[int, dict[
     """The reward queries that every method has made, and the mean gain of each learning curve there."""
     curves = {name: curve(cells, "reward_queries") for name, cells in rows.items()}
     queries = min(float(spent[:, -1].min()) for spent, _ in curves.values())
-    found = {
-        name: float(np.mean([np.interp(queries, s, r) - r[0] for s, r in zip(spent, reward, strict=True)]))
-        for name, (spent, reward) in curves.items()
-    }
+    found: dict[str, float] = {}
+    for name, (spent, reward) in curves.items():
+        there: list[Any] = [np.interp(queries, s, r) for s, r in zip(spent, reward, strict=True)]
+        found[name] = fmean(there) - float(reward[:, 0].mean())
     return int(queries), found
 
 
