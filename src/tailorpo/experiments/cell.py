@@ -115,11 +115,8 @@ def sampler_kl(run: Run, model: DiffusionModel) -> float | None:
 def _trajectories(run: Run, model: DiffusionModel, *, kl: bool) -> Iterator[tuple[Sequence[str], Tensor, Tensor]]:
     """Batches of seen prompts: these, the finished latents of one trajectory each, and its summed KL, (B,), zero where
     it is not asked for."""
-    prompts, policy, noise = (
-        load_prompts(run.eval.prompts_seen or run.prompts),
-        Policy(model, run.sampler),
-        Noise(run.seed),
-    )
+    prompts = load_prompts(run.eval.prompts_seen or run.prompts)
+    policy, noise = Policy(model, run.sampler), Noise(run.seed)
     for first in range(0, len(prompts), run.eval.batch_size):
         texts = prompts[first : first + run.eval.batch_size]
         keys: list[tuple[Key, ...]] = [("curve", prompt) for prompt in texts]

@@ -27,7 +27,8 @@ def refined(tune: Grid, tuned: dict[str, Any], refine: Grid, content: dict[str, 
     for method in found.keys() & after.keys():
         change = max(after[method], key=lambda overrides: after[method][overrides])
         if after[method][change] > before[method][found[method]]:
-            found[method] = (*found[method], *change)
+            replaced = {setting.partition("=")[0] for setting in change}
+            found[method] = (*(each for each in found[method] if each.partition("=")[0] not in replaced), *change)
     return found
 
 
