@@ -65,6 +65,7 @@ FURTHER = {
 }
 """The same strength one step beyond the value that won in `tune`, for `refine`."""
 
+EIGHT = ("batch.trajectories=8", "batch.micro=8")
 HALF = ("batch.trajectories=4", "batch.micro=4")
 DOUBLE = ("batch.trajectories=16", "batch.micro=16")
 BUFFERED = {"DDPO", "D3PO", "SPO"}
@@ -105,7 +106,7 @@ def _tuning() -> tuple[Variant, ...]:
         Variant(
             name=f"{method.name}, lr {rate}, {key.removeprefix('algorithm.')} {value}",
             recipe=method.recipe,
-            overrides=(*method.overrides, f"optimizer.lr={rate}", f"{key}={value}"),
+            overrides=(*method.overrides, f"optimizer.lr={rate}", f"{key}={value}", *EIGHT),
         )
         for method in METHODS
         for key, values in [KNOBS[method.name]]
@@ -202,24 +203,23 @@ GRIDS = (
                 name=name,
                 recipe="emoji_tailorpo_g.yaml",
                 overrides=(f"algorithm.guidance={guidance}",),
-                tuned=None,
+                tuned="TailorPO-G",
             )
             for name, guidance in {
                 "none": "null",
                 "Eq. 14, eta 0.1": "{form: target, delta: 0.5, eta: 0.1}",
                 "Eq. 14, eta 0.2": "{form: target, delta: 0.5, eta: 0.2}",
                 "Eq. 14, cosine 0.1 to 0.2": "{form: target, delta: 0.5, eta: cosine}",
-                "sigma, k 1": "{form: sigma, k: 1.0}",
                 "sigma, k 2": "{form: sigma, k: 2.0}",
                 "sigma, k 4": "{form: sigma, k: 4.0}",
-                "sigma, k 2, Jacobian-free": "{form: sigma, k: 2.0, jacobian: free}",
+                "sigma, k 8": "{form: sigma, k: 8.0}",
+                "sigma, k 4, Jacobian-free": "{form: sigma, k: 4.0, jacobian: free}",
             }.items()
         ),
         seeds={PREFERENCE: (1, 2, 3)},
         budget=BUDGET,
         overrides=EVALUATION,
-        reference="sigma, k 2",
-        points=2,
+        reference="sigma, k 4",
     ),
 )
 
@@ -258,7 +258,14 @@ MEASUREMENTS = (
         paper="Figure 11",
         statistic="change against the base model at every evaluation, intervals over prompts",
         recipe="emoji_tailorpo.yaml",
-        overrides=(f"reward={{name: {JPEG}}}", "seed=9", "eval.seeds=2", "algorithm.beta=0.02", "optimizer.lr=2e-3"),
+        overrides=(
+            f"reward={{name: {JPEG}}}",
+            "seed=9",
+            "eval.seeds=2",
+            "algorithm.beta=0.02",
+            "optimizer.lr=2e-3",
+            *EIGHT,
+        ),
         sizes={"updates": 240, "points": 12},
         quick={"updates": 2, "points": 2},
         cost=hacking.cost,
