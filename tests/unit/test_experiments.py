@@ -20,7 +20,7 @@ from tailorpo.experiments.conduct import Conduct, write_views
 from tailorpo.experiments.grid import Grid, Plan, plans, quick
 from tailorpo.experiments.runner import Places, finished_cells, read_results, run_cells, write_results
 from tailorpo.experiments.tables import by_variant, first_crossing, gains, grid_tables
-from tailorpo.experiments.tuning import refined, winners
+from tailorpo.experiments.tuning import confirmed, finalists, winners
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 BY_NAME = {grid.name: grid for grid in GRIDS}
@@ -51,7 +51,7 @@ def test_every_method_gets_the_number_of_updates_that_comes_nearest_to_the_budge
     """With the costs of the papers' schedules, counted by hand: 20 steps, 5 of them trained by TailorPO."""
     forwards = {"DDPO": 40, "D3PO": 120, "TailorPO": 30, "TailorPO-G": 35, "reward backprop": 20}
     for plan in plans(some(*forwards, budget=budget), recipes=RECIPES, overrides=LR):
-        update = 8 * forwards[plan.cell.variant.name]
+        update = plan.run.batch.trajectories * forwards[plan.cell.variant.name]
         assert plan.forwards == plan.run.updates * update
         assert abs(plan.forwards - budget) <= update / 2
 
@@ -113,7 +113,7 @@ def test_the_catalogue_is_sound() -> None:
     tried = [variant for variant in BY_NAME["tune"].variants if variant.name.startswith("TailorPO,")]
     assert len(tried) == len(LEARNING_RATES) * len(KNOBS["TailorPO"][1]) == 6
     # Every method gets the same number of settings, and what lies beyond a strength is none that was tried.
-    for grid, count in (("tune", 6), ("refine", 3)):
+    for grid, count in (("tune", 6), ("refine", 3), ("confirm", 2)):
         methods = [variant.name.partition(",")[0] for variant in BY_NAME[grid].variants]
         assert [methods.count(method.name) for method in METHODS] == [count] * 6
     for method, (key, values) in KNOBS.items():
@@ -452,21 +452,36 @@ def test_tune_names_the_best_setting_of_a_method_once_all_were_tried() -> None:
     assert winners(grid, content) == {}
 
 
-def test_refine_changes_the_winner_only_where_that_gains_more() -> None:
-    tune, refine = BY_NAME["tune"], BY_NAME["refine"]
+def test_refine_changes_one_thing_and_confirm_decides_between_the_two_best() -> None:
+    tune, refine, confirm = (BY_NAME[name] for name in ("tune", "refine", "confirm"))
     first = {variant.name: 0.0 for variant in tune.variants}
-    first |= {"TailorPO-G, lr 1e-3, guidance.k 4": 0.5, "DDPO, lr 1e-3, clip 1e-3": 0.5}
-    second = {"TailorPO-G, guidance.k 8": 0.3, "TailorPO-G, batch 4": 0.8, "TailorPO-G, batch 16": 0.1}
+    first |= {
+        "TailorPO-G, lr 1e-3, guidance.k 4": 0.5,
+        "DDPO, lr 1e-3, clip 1e-3": 0.9,
+        "DDPO, lr 3e-3, clip 1e-3": 0.6,
+    }
+    second = {"TailorPO-G, guidance.k 8": 0.7, "TailorPO-G, batch 4": 0.8, "TailorPO-G, batch 16": 0.1}
     second |= {"DDPO, clip 3e-5": 0.2, "DDPO, batch 4": 0.1, "DDPO, batch 16": 0.0}
-    contents = (synthetic(grid, strength=each, seeds=(101,)) for grid, each in ((tune, first), (refine, second)))
-    found = refined(tune, next(contents), refine, next(contents))
-    assert found["TailorPO-G"] == (
+    contents = [synthetic(grid, strength=each, seeds=(101,)) for grid, each in ((tune, first), (refine, second))]
+    eight = ("batch.trajectories=8", "batch.micro=8")
+    found = finalists(tune, contents[0], refine, contents[1])
+    assert found["TailorPO-G, best"] == (
         "optimizer.lr=1e-3",
         "algorithm.guidance.k=4",
         "batch.trajectories=4",
         "batch.micro=4",
     )
-    assert found["DDPO"] == ("optimizer.lr=1e-3", "algorithm.clip=1e-3")
+    assert found["TailorPO-G, second best"] == ("optimizer.lr=1e-3", *eight, "algorithm.guidance.k=8")
+    assert found["DDPO, second best"] == ("optimizer.lr=3e-3", "algorithm.clip=1e-3", *eight)
+
+    # The second seed turns the order of the one round (0.8 + 0.1 against 0.7 + 0.5), and not of the other.
+    third = {"TailorPO-G, best": 0.1, "TailorPO-G, second best": 0.5, "DDPO, best": 0.3, "DDPO, second best": 0.4}
+    last = synthetic(confirm, strength=third, seeds=(102,))
+    won = confirmed(tune, contents[0], refine, contents[1], confirm=last)
+    assert won["TailorPO-G"] == found["TailorPO-G, second best"]
+    assert won["DDPO"] == found["DDPO, best"]
+    without = confirmed(tune, contents[0], refine, contents[1], confirm={"cells": []})
+    assert without["TailorPO-G"] == found["TailorPO-G, best"]
 
 
 def test_methods_run_with_the_winners_of_tune(tmp_path: Path) -> None:
@@ -481,4 +496,5 @@ def test_methods_run_with_the_winners_of_tune(tmp_path: Path) -> None:
     (plan,) = conduct.plans()
     assert (plan.run.optimizer.lr, plan.run.algorithm.beta) == (3e-3, 0.3)
     assert plan.digest != before.digest  # what was measured with the recipe's settings is out of date
-    assert conduct.head()["tuned"] == {"TailorPO": ["optimizer.lr=3e-3", "algorithm.beta=0.3"]}
+    eight = ["batch.trajectories=8", "batch.micro=8"]
+    assert conduct.head()["tuned"] == {"TailorPO": ["optimizer.lr=3e-3", "algorithm.beta=0.3", *eight]}

@@ -83,6 +83,9 @@ OBJECTS = tuple(
 )
 """45 things that the bundled miniature draws and that are no animals: what `tune` trains and measures on."""
 
+FINALISTS = ("best", "second best")
+"""Of the nine settings that `tune` and `refine` tried of a method: what `confirm` runs once more."""
+
 BUDGET = 5_600
 """Guided network evaluations of every run: 20 updates of the demo. Methods are compared where they were tuned."""
 
@@ -147,6 +150,21 @@ GRIDS = (
         statistic="as in tune",
         variants=_refining(),
         seeds={PREFERENCE: (101,)},
+        budget=BUDGET,
+        overrides=ON_OBJECTS,
+        reference=None,
+    ),
+    Grid(
+        name="confirm",
+        question="Which of the two best settings of each method is better over two seeds?",
+        paper="none",
+        statistic="as in tune, from a second seed",
+        variants=tuple(
+            replace(method, name=f"{method.name}, {place}", tuned=f"{method.name}, {place}")
+            for method in METHODS
+            for place in FINALISTS
+        ),
+        seeds={PREFERENCE: (102,)},
         budget=BUDGET,
         overrides=ON_OBJECTS,
         reference=None,

@@ -26,13 +26,14 @@ from tailorpo.experiments.runner import (
     write_results,
 )
 from tailorpo.experiments.tables import grid_tables
-from tailorpo.experiments.tuning import Winners, refined, winners
+from tailorpo.experiments.tuning import Winners, confirmed, finalists, winners
 from tailorpo.files import atomic_write
 from tailorpo.run import Run
 from tailorpo.settings import did_you_mean
 from tailorpo.train import Reporter
 
 TUNE, REFINE = (next(grid for grid in GRIDS if grid.name == name) for name in ("tune", "refine"))
+CONFIRM = "confirm"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +56,13 @@ class Conduct:
 
     @property
     def tuned(self) -> Winners:
-        """What `tune` and `refine` found, as far as their results are there; `refine` itself departs from `tune`."""
-        tune = read_results(self.places.json(TUNE.name))
+        """What tuning found, as far as its results are there; its own later stages depart from the earlier ones."""
+        tune, refine, confirm = (read_results(self.places.json(name)) for name in (TUNE.name, REFINE.name, CONFIRM))
         if self.grid.name == REFINE.name:
             return winners(TUNE, tune)
-        return refined(TUNE, tune, REFINE, read_results(self.places.json(REFINE.name)))
+        if self.grid.name == CONFIRM:
+            return finalists(TUNE, tune, REFINE, refine)
+        return confirmed(TUNE, tune, REFINE, refine, confirm=confirm)
 
     def plans(self) -> list[Plan]:
         """The cells that are wanted.
