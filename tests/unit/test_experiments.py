@@ -480,6 +480,16 @@ def test_refine_changes_one_thing_and_confirm_decides_between_the_two_best() -> 
     won = confirmed(tune, contents[0], refine, contents[1], confirm=last)
     assert won["TailorPO-G"] == found["TailorPO-G, second best"]
     assert won["DDPO"] == found["DDPO, best"]
+    # Where the means are as good as equal, the diversity that is kept decides.
+    third |= {"TailorPO-G, best": 0.4, "TailorPO-G, second best": 0.52}
+    last = synthetic(confirm, strength=third, seeds=(102,))
+    assert confirmed(tune, contents[0], refine, contents[1], confirm=last)["TailorPO-G"] == found["TailorPO-G, best"]
+    for cell in last["cells"]:
+        if cell["variant"] == "TailorPO-G, second best":
+            measure = cell["evaluation"]["measures"]["distance"]
+            measure["aligned"] = measure["base"]
+    won = confirmed(tune, contents[0], refine, contents[1], confirm=last)
+    assert won["TailorPO-G"] == found["TailorPO-G, second best"]
     without = confirmed(tune, contents[0], refine, contents[1], confirm={"cells": []})
     assert without["TailorPO-G"] == found["TailorPO-G, best"]
 

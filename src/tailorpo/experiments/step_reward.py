@@ -247,7 +247,7 @@ def plot(content: dict[str, Any], path: Path) -> None:
         panel.set_ylim(bottom=0)
         panel.invert_xaxis()
         panel.set_xticks([int(left) for left in next(iter(content["rewards"].values()))])
-    panels[0].legend(frameon=False, fontsize=7)
+    panels[1].legend(frameon=False, fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
