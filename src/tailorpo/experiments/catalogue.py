@@ -284,7 +284,7 @@ MEASUREMENTS = (
             "algorithm.beta=0.02",
             "optimizer.lr=2e-3",
         ),
-        sizes={"updates": 40, "points": 10},
+        sizes={"updates": 20, "points": 10},
         quick={"updates": 2, "points": 2},
         cost=hacking.cost,
         measure=hacking.measure,
