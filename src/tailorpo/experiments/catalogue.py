@@ -181,6 +181,17 @@ GRIDS = (
         reference="TailorPO-G",
     ),
     Grid(
+        name="longer",
+        question="Who goes on rising with three times the evaluations?",
+        paper="Figure 3",
+        statistic="as in methods",
+        variants=tuple(method for method in METHODS if method.name in ("SPO", "TailorPO", "TailorPO-G")),
+        seeds={PREFERENCE: (1, 2, 3)},
+        budget=3 * BUDGET,
+        overrides=EVALUATION,
+        reference="TailorPO-G",
+    ),
+    Grid(
         name="ablation",
         question="What does each part contribute: ranking steps, the same input, guidance?",
         paper="Table 10",
@@ -205,7 +216,7 @@ GRIDS = (
             )
             for count in (3, 5, 8, 10, 15, 20)
         ),
-        seeds={PREFERENCE: (1, 2, 3), COLOUR: (1,), JPEG: (1,)},
+        seeds={PREFERENCE: (1,), COLOUR: (1,), JPEG: (1,)},
         budget=BUDGET,
         overrides=EVALUATION,
         reference="K = 5",
@@ -234,7 +245,7 @@ GRIDS = (
                 "sigma, k 4, Jacobian-free": "{form: sigma, k: 4.0, jacobian: free}",
             }.items()
         ),
-        seeds={PREFERENCE: (1, 2, 3)},
+        seeds={PREFERENCE: (1,)},
         budget=BUDGET,
         overrides=EVALUATION,
         reference="sigma, k 4",
