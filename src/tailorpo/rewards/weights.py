@@ -82,7 +82,7 @@ def read_weights(path: Path, *, name: str) -> dict[str, Tensor]:
         loaded: object = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
         raise RewardError(f"reward {name!r}: {path} cannot be read: {type(error).__name__}: {error}") from error
-    state = cast(Mapping[str, Any], loaded) if isinstance(loaded, Mapping) else {}
+    state = cast(Mapping[str, Any], loaded) if isinstance(loaded, Mapping) else dict[str, Any]()
     state = cast(Mapping[str, Any], state.get("state_dict", state))
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise RewardError(f"reward {name!r}: {path} holds no weights (a dictionary of named tensors)")
