@@ -48,8 +48,14 @@ LONGER = (
     Variant(
         name="TailorPO, beta 0.1", recipe="emoji_tailorpo.yaml", overrides=("algorithm.beta=0.1",), tuned="TailorPO"
     ),
+    Variant(
+        name="TailorPO, lr 1e-3",
+        recipe="emoji_tailorpo.yaml",
+        overrides=("algorithm.beta=0.1", "optimizer.lr=1e-3"),
+        tuned="TailorPO",
+    ),
 )
-"""The last, because the beta found for a third of the length does not hold TailorPO for all of it."""
+"""The last two, because the settings found for a third of the length do not hold TailorPO for all of it."""
 
 LEARNING_RATES = ("3e-4", "1e-3", "3e-3")
 KNOBS: dict[str, tuple[str, tuple[str, ...]]] = {
