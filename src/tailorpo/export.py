@@ -32,13 +32,13 @@ from diffusers.utils.state_dict_utils import (
     convert_state_dict_to_kohya,  # pyright: ignore[reportUnknownVariableType]
 )
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
+from safetensors.torch import load_file, save  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
 from tailorpo.base_model import BaseModel
 from tailorpo.errors import UserError
-from tailorpo.files import storage_errors
-from tailorpo.lora_metadata import lora_metadata, read_metadata, write_metadata
+from tailorpo.files import atomic_write, storage_errors
+from tailorpo.lora_metadata import lora_metadata, read_metadata, with_metadata
 from tailorpo.model_card import ModelCard, write_card
 from tailorpo.models import DType, LoRA
 from tailorpo.models.sd import DTYPES, LORA_FILE
@@ -166,8 +166,7 @@ def _write(trained: Trained, folder: Path, *, format: Format, dtype: DType) -> s
         state = {f"base_model.model.{name}": tensor for name, tensor in trained.unscaled().items()}
         _write_peft_config(trained, folder)
     # The alphas stay float32: they are numbers of their own, not weights.
-    cast = {name: value if name.endswith(".alpha") else value.to(DTYPES[dtype]) for name, value in state.items()}
-    save_file(cast, folder / file)
+    rounded = {name: value if name.endswith(".alpha") else value.to(DTYPES[dtype]) for name, value in state.items()}
     metadata = lora_metadata(
         trained.run,
         trained.base,
@@ -176,7 +175,7 @@ def _write(trained: Trained, folder: Path, *, format: Format, dtype: DType) -> s
         output_name=trained.name,
         sgm_names=format == "kohya" and trained.base.version == "sdxl",
     )
-    write_metadata(folder / file, metadata)
+    atomic_write(folder / file, with_metadata(save(rounded), metadata))
     return file
 
 
@@ -216,12 +215,12 @@ def merge(trained: Trained, folder: Path, *, dtype: torch.dtype) -> None:
     """Write the base model's folder with the LoRA merged into its UNet: float32 arithmetic, one cast. The other parts
     are copied as they are."""
     base = trained.base.folder
-    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", local_files_only=True)
-    nn.Module.to(unet, torch.float32)
     try:
+        unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", local_files_only=True)
+        nn.Module.to(unet, torch.float32)
         unet.load_lora_adapter({f"unet.{name}": tensor for name, tensor in trained.tensors.items()}, prefix="unet")
         unet.fuse_lora(safe_fusing=True)
-    except (ValueError, RuntimeError) as error:  # other modules or shapes; weights that are not finite
+    except (OSError, ValueError, RuntimeError) as error:  # no weights, other modules or shapes, NaN
         raise UserError(f"the LoRA cannot be merged into the model in {base}: {error}") from error
     unet.unload_lora()
     nn.Module.to(unet, dtype)
@@ -229,6 +228,7 @@ def merge(trained: Trained, folder: Path, *, dtype: torch.dtype) -> None:
     for part in json.loads((base / "model_index.json").read_text(encoding="utf-8")):
         if part != "unet" and (base / part).is_dir():
             shutil.copytree(base / part, folder / part, ignore=shutil.ignore_patterns(*_NOT_COPIED))
+    unet.register_to_config(_name_or_path=trained.base.name)  # not the folder of this machine
     unet.save_pretrained(folder / "unet")
 
 

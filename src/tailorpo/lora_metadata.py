@@ -32,7 +32,6 @@ from tailorpo.algorithms.reward_backprop import RewardBackprop
 from tailorpo.algorithms.tailorpo import TailorPO
 from tailorpo.base_model import BaseModel
 from tailorpo.errors import UserError
-from tailorpo.files import atomic_write
 from tailorpo.run import Run
 
 _SGM = "https://github.com/Stability-AI/generative-models"
@@ -135,21 +134,18 @@ def reward_name(run: Run) -> str:
     return " + ".join(f"{entry.weight:g} {entry.reward.name}" for entry in run.reward)
 
 
-def write_metadata(path: Path, metadata: Mapping[str, str]) -> None:
-    """Replace the metadata of a safetensors file; the bytes of its tensors stay as they are.
+def with_metadata(data: bytes, metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with other metadata; the bytes of its tensors stay as they are.
 
     Where there are modelspec keys, `modelspec.hash_sha256` of those bytes is added.
-
-    Raises:
-        StorageError: the disk refused; the file is as it was.
     """
-    header, tensors = _parts(path.read_bytes())
+    header, tensors = _parts(data)
     if "modelspec.sai_model_spec" in metadata:
         metadata = {**metadata, "modelspec.hash_sha256": f"0x{hashlib.sha256(tensors).hexdigest()}"}
     header["__metadata__"] = dict(sorted(metadata.items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the format keeps the tensors aligned to 8 bytes
-    atomic_write(path, len(text).to_bytes(8, "little") + text + tensors)
+    return len(text).to_bytes(8, "little") + text + tensors
 
 
 def read_metadata(path: Path) -> dict[str, str]:

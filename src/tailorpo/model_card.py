@@ -17,6 +17,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tailorpo import __version__
 from tailorpo.base_model import BaseModel
+from tailorpo.errors import UserError
+from tailorpo.evaluate import SCHEMA
 from tailorpo.files import atomic_write
 from tailorpo.lora_metadata import method_name, reward_name
 from tailorpo.report.verdict import change, digits_of, judge_run, number, percent
@@ -65,8 +67,7 @@ def write_card(card: ModelCard, folder: Path) -> None:
 def render_card(card: ModelCard, *, sheet: bool) -> str:
     """The text of the card: Markdown with the hub's YAML front matter."""
     run, rows = card.directory.run, card.directory.metrics()
-    evaluated = (card.directory.path / "eval.json").is_file()
-    evaluation: dict[str, Any] | None = card.directory.read_json("eval.json") if evaluated else None
+    evaluation = _evaluation(card.directory)
     pages = Environment(
         loader=PackageLoader("tailorpo", "."),
         autoescape=False,  # Markdown; what is not ours goes through `cell` and code spans
@@ -95,6 +96,15 @@ def render_card(card: ModelCard, *, sheet: bool) -> str:
     )
 
 
+def _evaluation(directory: RunDirectory) -> dict[str, Any] | None:
+    if not (directory.path / "eval.json").is_file():
+        return None
+    evaluation: dict[str, Any] = directory.read_json("eval.json")
+    if evaluation.get("schema") != SCHEMA:
+        raise UserError(f"{directory.path / 'eval.json'} is of another version; `tailorpo eval` writes it anew")
+    return evaluation
+
+
 def _front_matter(card: ModelCard) -> dict[str, Any]:
     merged = card.format == "merged"
     tags = ["text-to-image", "diffusers", *([] if merged else ["lora"]), "tailorpo", "preference-alignment"]
@@ -104,10 +114,10 @@ def _front_matter(card: ModelCard) -> dict[str, Any]:
 
 
 def _table(evaluation: Mapping[str, Any], roles: Sequence[str]) -> list[dict[str, Any]]:
-    """One row per measure and group of prompts; shares in per cent."""
+    """Per measure a row for all prompts, and one for those that training never saw; shares in per cent."""
     groups: Mapping[str, Any] = evaluation["groups"]
-    names = {"seen": "seen in training", "unseen": "never seen", "all": "all"}
-    shown = [group for group in names if group in groups and not (group == "all" and len(groups) == 2)]
+    names = {"all": "", "unseen": " never seen in training"}
+    shown = ["all", "unseen"] if len(groups) == 3 else ["all"]
     table: list[dict[str, Any]] = []
     for name, metric in evaluation["metrics"].items():
         for group in shown if metric["role"] in roles else ():
@@ -119,12 +129,13 @@ def _table(evaluation: Mapping[str, Any], roles: Sequence[str]) -> list[dict[str
             scaled = {**row, **{key: row[key] * factor for key in keys if row[key] is not None}}
             digits = digits_of(scaled)
             unit = "%" if metric["unit"] == "share" else metric["unit"]
+            label = metric["label"] if unit in metric["label"] else f"{metric['label']}, {unit}"
             interval = f" [{percent(row['ratio_low'])}, {percent(row['ratio_high'])}]"
             table.append(
                 {
-                    "label": metric["label"] + (f", {unit}" if unit else ""),
+                    "label": label,
                     "role": ROLES.get(metric["role"], ""),
-                    "group": f"{row['n']} {names[group]}",
+                    "group": f"{row['n']}{names[group]}",
                     "base": number(scaled["base"], digits=digits),
                     "aligned": number(scaled["aligned"], digits=digits),
                     "change": change(scaled),

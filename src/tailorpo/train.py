@@ -25,8 +25,8 @@ from tailorpo.algorithms.base import Algorithm, Stored
 from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
 from tailorpo.base_model import BaseModel
 from tailorpo.checkpoint import load_latest_checkpoint, save_checkpoint
-from tailorpo.files import storage_errors
-from tailorpo.lora_metadata import lora_metadata, write_metadata
+from tailorpo.files import atomic_write, storage_errors
+from tailorpo.lora_metadata import lora_metadata, with_metadata
 from tailorpo.metrics import UpdateMetrics
 from tailorpo.models import DiffusionModel
 from tailorpo.noise import Noise
@@ -237,5 +237,4 @@ def export_lora(model: DiffusionModel, folder: Path, run: Run, *, updates: int) 
         model.save_lora(Path(temporary))
         folder.mkdir(exist_ok=True)
         for file in Path(temporary).iterdir():
-            write_metadata(file, metadata)
-            file.replace(folder / file.name)
+            atomic_write(folder / file.name, with_metadata(file.read_bytes(), metadata))
