@@ -78,7 +78,13 @@ class Trained:
         run, path = directory.run, directory.lora / LORA_FILE
         if run.model.lora is None or not path.is_file():
             raise UserError(f"{folder} has no LoRA to export: training writes it to {path} with every checkpoint")
-        updates = int(read_metadata(path).get("tailorpo.updates", 0))
+        recorded = read_metadata(path).get("tailorpo.updates")
+        if recorded is None:
+            raise UserError(
+                f"{path} does not say how far it was trained, so it is not as training wrote it; without report.html in"
+                f" the run, `tailorpo resume {folder}` writes it anew from the last checkpoint"
+            )
+        updates = int(recorded)
         if updates < run.updates:
             raise UserError(
                 f"{folder} is not finished: its LoRA has {updates} of {run.updates} updates. Go on with"

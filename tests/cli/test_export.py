@@ -13,7 +13,7 @@ import torch
 import yaml
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from synthetic_run import fabricate
 from tiny_run import refused, settings, tailorpo, write_recipe
 
@@ -111,6 +111,9 @@ def test_what_it_refuses(run: Path, tmp_path: Path, tiny_folder: Path) -> None:
     (stopped / "run.yaml").write_text(text.replace("updates: 2", "updates: 9"))
     output = refused("export", stopped, "--out", tmp_path / "out")
     assert "is not finished: its LoRA has 2 of 9 updates. Go on with `tailorpo resume" in output
+    foreign = shutil.copytree(run, tmp_path / "foreign")
+    save_file(load_file(run / "lora" / LORA), foreign / "lora" / LORA)
+    assert "does not say how far it was trained" in refused("export", foreign, "--out", tmp_path / "out")
     moved = shutil.copytree(run, tmp_path / "moved")
     (moved / "run.yaml").write_text(text.replace(str(tiny_folder), str(tmp_path / "gone")))
     assert f"the base model is needed at {tmp_path / 'gone'}" in refused("export", moved, "--out", tmp_path / "out")
