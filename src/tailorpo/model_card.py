@@ -16,6 +16,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tailorpo import __version__
+from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
 from tailorpo.base_model import BaseModel
 from tailorpo.errors import UserError
 from tailorpo.evaluate import SCHEMA
@@ -68,6 +69,8 @@ def render_card(card: ModelCard, *, sheet: bool) -> str:
     """The text of the card: Markdown with the hub's YAML front matter."""
     run, rows = card.directory.run, card.directory.metrics()
     evaluation = _evaluation(card.directory)
+    one, many = ("pair", "pairs") if isinstance(run.algorithm, DiffusionDPO) else ("trajectory", "trajectories")
+    count = run.batch.trajectories
     pages = Environment(
         loader=PackageLoader("tailorpo", "."),
         autoescape=False,  # Markdown; what is not ours goes through `cell` and code spans
@@ -84,6 +87,7 @@ def render_card(card: ModelCard, *, sheet: bool) -> str:
         lora=run.model.lora,
         method=method_name(run.algorithm),
         reward=reward_name(run),
+        batch=f"{count} {one if count == 1 else many}",
         name=card.directory.path.resolve().name,
         version=__version__,
         verdict=judge_run(evaluation, rows, target=run.updates),
