@@ -26,9 +26,7 @@ algorithm:
   beta: 0.1
   train_steps: 5
   guidance: {{form: sigma, k: 1.0}}
-reward:
-- reward: {{name: emoji_preference}}
-  weight: 1.0
+reward: {{name: emoji_preference, weight: 1.0}}
 prompts: {{name: animals}}
 batch: {{trajectories: 8, micro: 8}}
 """

@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec
 
 import typer
 from rich.console import Console
@@ -67,6 +67,8 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings to replace, e.g. optimizer.lr=3e-4.")
 ]
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
+Format = Literal["diffusers", "kohya", "peft"]
+DType = Literal["float32", "bfloat16", "float16"]
 Device = Annotated[
     str | None, typer.Option(help="cuda, cuda:1, mps or cpu; the best there is if not given.", show_default=False)
 ]
@@ -264,6 +266,58 @@ def sample(
             reporter=reporter,
         )
     typer.echo(f"{number} pictures and their contact sheet: {sheet}")
+
+
+@app.command()
+@_polite
+def export(
+    folder: Folder,
+    format: Annotated[
+        Format | None,
+        typer.Option("--format", help="Whose names the LoRA's file has.", show_default="diffusers"),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="The whole base model with the LoRA in its weights, in diffusers' format.")
+    ] = False,
+    dtype: Annotated[DType, typer.Option(help="Of the exported weights.")] = "float32",
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to make.", show_default="RUN/export/FORMAT or RUN/export/merged")
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="The base model's id on the hub, for the model card.", show_default="what its folder says"),
+    ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Also upload it to the Hugging Face hub.", show_default="nothing sent"),
+    ] = None,
+) -> None:
+    """Write a LoRA for other programs, or a merged model.
+
+    With a model card that says what was trained and measured. diffusers: for `pipe.load_lora_weights`; kohya: for
+    ComfyUI, A1111, Forge; peft: for PeftModel.
+
+    \b
+    Examples:
+      tailorpo export runs/short --format kohya --dtype float16
+      tailorpo export runs/short --merge --out aligned-model
+      tailorpo export runs/short --push-to-hub me/my-lora
+    """
+    if push_to_hub:
+        os.environ.pop("HF_HUB_OFFLINE", None)  # the one command that is asked to use the network
+    from tailorpo.export import Trained
+    from tailorpo.export import export as export_
+    from tailorpo.hub import connect, push
+
+    if merge and format is not None:
+        raise UserError("--merge writes a whole model, in diffusers' format; leave --format out")
+    kind = "merged" if merge else format or "diffusers"
+    hub = connect(push_to_hub) if push_to_hub else None
+    trained = Trained.open(folder)
+    path = export_(trained, out or folder / "export" / kind, format=kind, dtype=dtype, base_id=base_model)
+    typer.echo(f"exported: {path.resolve()}")
+    if push_to_hub and hub:
+        typer.echo(f"uploaded: {push(path, push_to_hub, hub)}")
 
 
 @app.command()

@@ -6,6 +6,7 @@
     lora/           pytorch_lora_weights.safetensors, diffusers' standard file
     samples/        pictures
     eval.json  report.html
+    export/         what `tailorpo export` writes where no other folder is named
 
 One process at a time may train in it: a lock that the operating system releases when the process dies, however it dies.
 Left out: network file systems without locks; there the lock always succeeds or fails as the file system decides.

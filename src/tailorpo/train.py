@@ -23,8 +23,10 @@ from torch import Tensor
 from tailorpo._distributed import pick_device
 from tailorpo.algorithms.base import Algorithm, Stored
 from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
+from tailorpo.base_model import BaseModel
 from tailorpo.checkpoint import load_latest_checkpoint, save_checkpoint
-from tailorpo.files import storage_errors
+from tailorpo.files import atomic_write, storage_errors
+from tailorpo.lora_metadata import lora_metadata, with_metadata
 from tailorpo.metrics import UpdateMetrics
 from tailorpo.models import DiffusionModel
 from tailorpo.noise import Noise
@@ -198,7 +200,7 @@ class Session:
             "memory": self.memory,
         }
         save_checkpoint(self.directory.path / "checkpoints", update=update, tensors=self.learner.tensors(), state=state)
-        export_lora(self.policy.model, self.directory.path / "lora")
+        export_lora(self.policy.model, self.directory.path / "lora", self.run, updates=update)
 
     def restore(self) -> int:
         """Load the latest sound checkpoint, if there is one, and return how many updates it has behind it."""
@@ -210,7 +212,7 @@ class Session:
         self.score.queries = int(checkpoint.state["reward_queries"])
         self.memory = dict(checkpoint.state["memory"])
         # A kill between a checkpoint and its LoRA file leaves the file of the checkpoint before.
-        export_lora(self.policy.model, self.directory.path / "lora")
+        export_lora(self.policy.model, self.directory.path / "lora", self.run, updates=checkpoint.update)
         return checkpoint.update
 
     def _on_step(self, first: int) -> Callable[[int], None]:
@@ -224,10 +226,15 @@ class Session:
         return on_step
 
 
-def export_lora(model: DiffusionModel, folder: Path) -> None:
-    """Write the adapter as diffusers' standard file, replacing an older one as a whole."""
+def export_lora(model: DiffusionModel, folder: Path, run: Run, *, updates: int) -> None:
+    """Write the adapter as diffusers' standard file with what was trained in its header, replacing an older one as a
+    whole."""
+    assert run.model.lora is not None
+    # In this file the scale is in the tensors (`save_lora`), which reads as alpha = rank.
+    base, alpha = BaseModel.read(run.model.path), run.model.lora.rank
+    metadata = lora_metadata(run, base, updates=updates, alpha=alpha)
     with storage_errors(folder), TemporaryDirectory(dir=folder.parent, prefix=".lora-") as temporary:
         model.save_lora(Path(temporary))
         folder.mkdir(exist_ok=True)
         for file in Path(temporary).iterdir():
-            file.replace(folder / file.name)
+            atomic_write(folder / file.name, with_metadata(file.read_bytes(), metadata))
