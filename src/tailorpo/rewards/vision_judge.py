@@ -27,7 +27,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Annotated, Any, Literal
@@ -154,6 +154,8 @@ class VisionJudgeScorer:
         with ThreadPoolExecutor(self.config.parallel) as pool:
             asked = [pool.submit(self._score, *pair, stop) for pair in zip(images, prompts, strict=True)]
             try:
+                for each in wait(asked, return_when=FIRST_EXCEPTION).done:
+                    each.result()  # raises what was raised, without waiting for the others
                 scores = [each.result() for each in asked]
             finally:  # after the first failure, the others make no further attempt
                 stop.set()
@@ -223,8 +225,10 @@ class VisionJudgeScorer:
 
     def _yes_share(self, reply: Any) -> float:
         try:
-            top = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-            likeliest = [(each["token"], each["logprob"]) for each in top]
+            first = reply["choices"][0]["logprobs"]["content"][0]
+            likeliest = [(each["token"], each["logprob"]) for each in first["top_logprobs"]]
+            if not likeliest:
+                raise KeyError("top_logprobs")
         except (KeyError, IndexError, TypeError) as error:
             raise self._no("log-probabilities, which answer: yes_no needs,", reply) from error
         return yes_share(likeliest)
