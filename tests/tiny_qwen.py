@@ -6,7 +6,9 @@ transformers, and the numbers have to be the same.
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -71,3 +73,21 @@ def pixels(height: int, width: int, number: int) -> np.ndarray:
     waves = np.stack([np.sin(x / (9 + number) + y / 17), np.cos(x / 13), np.sin(y / (5 + number))], axis=-1)
     waves[height // 3 : height // 2, width // 4 : width // 2] = (1.0, -1.0, 0.3)
     return ((waves + 1) * 127.5).round().astype(np.uint8)
+
+
+def save_tiny_hpsv3(folder: Path, *, vocabulary: int = 263) -> Path:
+    """The folder that the reward wants, its weights under the names of transformers 4.45."""
+    from safetensors.torch import save_file
+    from transformers import Qwen2VLConfig
+
+    from tailorpo.rewards.hpsv3 import make_body, make_head
+
+    config = Qwen2VLConfig(**CONFIG)
+    config.text_config.vocab_size = vocabulary
+    body = {name: list(value.shape) for name, value in make_body(config, torch.float32).state_dict().items()}
+    shapes = {name.replace("language_model.", "model.", 1): shape for name, shape in body.items()}
+    shapes |= {f"rm_head.{name}": list(value.shape) for name, value in make_head(64).state_dict().items()}
+    save_file(fill({**shapes, "lm_head.weight": [vocabulary, 64]}), folder / "HPSv3.safetensors")
+    tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2_vl", "vocab_size": 300, **CONFIG}))
+    return folder

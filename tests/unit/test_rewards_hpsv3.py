@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_qwen import CONFIG, PROMPTS, REWARD, fill, pixels, tokenizer
+from tiny_qwen import CONFIG, PROMPTS, REWARD, pixels, save_tiny_hpsv3, tokenizer
 from torch import Tensor
 from transformers import Qwen2VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -35,23 +35,9 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 OFFICIAL = json.loads((FIXTURES / "hpsv3_official.json").read_text())
 
 
-def official_names() -> dict[str, list[int]]:
-    """Names and shapes of the tiny model under transformers 4.45, from those of today's class."""
-    config = Qwen2VLConfig(**CONFIG)
-    config.text_config.vocab_size = OFFICIAL["vocabulary"]
-    body = {name: list(value.shape) for name, value in make_body(config, torch.float32).state_dict().items()}
-    names = {name.replace("language_model.", "model.", 1): shape for name, shape in body.items()}
-    names |= {f"rm_head.{name}": list(value.shape) for name, value in make_head(64).state_dict().items()}
-    return names | {"lm_head.weight": [OFFICIAL["vocabulary"], 64]}
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("hpsv3")
-    save_file(fill(official_names()), path / "HPSv3.safetensors")
-    tokenizer().save(str(path / "tokenizer.json"))
-    (path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl", "vocab_size": 300, **CONFIG}))
-    return path
+    return save_tiny_hpsv3(tmp_path_factory.mktemp("hpsv3"), vocabulary=OFFICIAL["vocabulary"])
 
 
 @pytest.fixture(scope="module")

@@ -2,47 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import json
 import math
-import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor
+from judge_server import Answer, JudgeServer, judge_server, received, says
 
 from tailorpo.errors import RewardError, RunFileError
-from tailorpo.images import from_pil
 from tailorpo.rewards import Scorer, VisionJudge
 from tailorpo.rewards.vision_judge import number_share, rubric_mean, yes_share
 from tailorpo.run import Run
-
-Answer = tuple[int, bytes | dict[str, Any], dict[str, str]] | dict[str, Any] | str
-
-
-class Server:
-    """What the tests see of the server: its address, what it was asked, and how it answers request number n."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.asked: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.paths: list[str] = []
-        self.reply: Callable[[dict[str, Any], int], Answer] = lambda body, number: "7"
-        self.lock = threading.Lock()
-
-    def judge(self, **settings: Any) -> Any:
-        return VisionJudge(url=self.url, model="tiny-vl", **{"retries": 0, "timeout": 5.0, **settings})
-
-
-def says(text: str | None, **more: Any) -> dict[str, Any]:
-    return {"choices": [{"message": {"role": "assistant", "content": text}, **more}]}
 
 
 def likely(*top: tuple[str, float]) -> dict[str, Any]:
@@ -51,58 +23,18 @@ def likely(*top: tuple[str, float]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with state.lock:
-                state.asked.append(body)
-                state.headers.append(dict(self.headers))
-                state.paths.append(self.path)
-                number = len(state.asked)
-            answer = state.reply(body, number)
-            status, content, headers = answer if isinstance(answer, tuple) else (200, answer, {})
-            content = says(content) if isinstance(content, str) else content
-            data = content if isinstance(content, bytes) else json.dumps(content).encode()
-            try:
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-            except OSError:
-                pass  # the client has gone, as the test of the timeout wants it to
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        state = Server(f"http://127.0.0.1:{running.server_port}/v1")
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield state
-        running.shutdown()
-        thread.join()
-
-
-def received(body: dict[str, Any]) -> tuple[Tensor, str]:
-    """Picture and question of a request."""
-    (message,) = body["messages"]
-    picture, text = message["content"]
-    head, _, data = picture["image_url"]["url"].partition(",")
-    assert head == "data:image/png;base64"
-    return from_pil(Image.open(io.BytesIO(base64.b64decode(data)))), text["text"]
+    with judge_server() as running:
+        yield running
 
 
 IMAGES = torch.arange(6).div(10).view(6, 1, 1, 1).expand(6, 3, 8, 12).contiguous()
 PROMPTS = [f"picture {{low}} {number}" for number in range(6)]
 
 
-def test_a_number_and_what_is_sent_for_it(server: Server) -> None:
+def test_a_number_and_what_is_sent_for_it(server: JudgeServer) -> None:
     server.reply = lambda body, number: "Score: 7/10"
     reward = server.judge().load("cpu")
     scores = Scorer([(reward, 1.0)])(IMAGES[3:4], PROMPTS[3:4])
@@ -119,7 +51,7 @@ def test_a_number_and_what_is_sent_for_it(server: Server) -> None:
     assert reward.answer(IMAGES[0], "a cat") == "Score: 7/10"
 
 
-def test_own_question_pattern_range_size_and_key(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_question_pattern_range_size_and_key(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.reply = lambda body, number: "Of 2 cats one is blurred.\nFinal Score: 4.5\n"
     settings = {
         "question": "{prompt}? {low:g} {high}",
@@ -140,7 +72,7 @@ def test_own_question_pattern_range_size_and_key(server: Server, monkeypatch: py
     assert "secret-7" not in repr(config)
 
 
-def test_yes_or_no_sums_all_spellings(server: Server) -> None:
+def test_yes_or_no_sums_all_spellings(server: JudgeServer) -> None:
     server.reply = lambda body, number: likely(("Yes", 0.4), (" yes", 0.1), ("No", 0.2), ("NO.", 0.05), ("Maybe", 0.2))
     scores = server.judge(answer="yes_no").load("cpu")(IMAGES[:1], ["a cat"])
     assert scores.tolist() == pytest.approx([0.5 / 0.75])
@@ -162,14 +94,14 @@ def test_yes_or_no_sums_all_spellings(server: Server) -> None:
         "- **Prompt**: 10/10\n- **Composition:** 5.5\n- **Detail** - 1",
     ],
 )
-def test_a_rubric_in_lines_or_json(server: Server, answer: str) -> None:
+def test_a_rubric_in_lines_or_json(server: JudgeServer, answer: str) -> None:
     server.reply = lambda body, number: answer
     scores = server.judge(answer="rubric").load("cpu")(IMAGES[:1], ["a cat"])
     assert scores.tolist() == pytest.approx([0.5])
     assert "prompt, composition, detail" in received(server.asked[0])[1]
 
 
-def test_parallel_answers_keep_their_place(server: Server) -> None:
+def test_parallel_answers_keep_their_place(server: JudgeServer) -> None:
     def reply(body: dict[str, Any], number: int) -> str:
         picture, question = received(body)
         index = int(question.split('"')[1].split()[-1])
@@ -182,7 +114,7 @@ def test_parallel_answers_keep_their_place(server: Server) -> None:
     assert scores.tolist() == pytest.approx([index / 9 for index in range(6)])
 
 
-def test_it_tries_again_after_429_and_5xx(server: Server) -> None:
+def test_it_tries_again_after_429_and_5xx(server: JudgeServer) -> None:
     def reply(body: dict[str, Any], number: int) -> Answer:
         return (429, b"slow down", {"Retry-After": "0.01"}) if number < 3 else "10"
 
@@ -198,21 +130,21 @@ def test_it_tries_again_after_429_and_5xx(server: Server) -> None:
     assert len(server.asked) == 2
 
 
-def test_a_refusal_is_final_and_says_what_the_server_said(server: Server) -> None:
+def test_a_refusal_is_final_and_says_what_the_server_said(server: JudgeServer) -> None:
     server.reply = lambda body, number: (401, {"error": {"message": "wrong key"}}, {})
     with pytest.raises(RewardError, match=r"after 1 attempt; it said\n  401 Unauthorized: .*wrong key"):
         Scorer([(server.judge(retries=5).load("cpu"), 1.0)], on_invalid="skip")(IMAGES[:1], ["a"])
     assert len(server.asked) == 1
 
 
-def test_a_redirection_is_not_followed(server: Server) -> None:
+def test_a_redirection_is_not_followed(server: JudgeServer) -> None:
     server.reply = lambda body, number: (302, b"", {"Location": f"{server.url}/elsewhere"})
     with pytest.raises(RewardError, match=r"302 Found"):
         server.judge(retries=5).load("cpu")(IMAGES[:1], ["a"])
     assert server.paths == ["/v1/chat/completions"]
 
 
-def test_a_server_that_is_silent_or_gone(server: Server) -> None:
+def test_a_server_that_is_silent_or_gone(server: JudgeServer) -> None:
     server.reply = lambda body, number: time.sleep(0.6) or "1"
     with pytest.raises(RewardError, match=r"after 2 attempts; it said\n  TimeoutError"):
         server.judge(timeout=0.1, retries=1).load("cpu")(IMAGES[:1], ["a"])
@@ -221,7 +153,7 @@ def test_a_server_that_is_silent_or_gone(server: Server) -> None:
         gone.load("cpu")(IMAGES[:1], ["a"])
 
 
-def test_one_refusal_ends_the_attempts_of_the_others(server: Server) -> None:
+def test_one_refusal_ends_the_attempts_of_the_others(server: JudgeServer) -> None:
     def reply(body: dict[str, Any], number: int) -> Answer:
         last = received(body)[1].split('"')[1].endswith("5")
         return (400, b"bad prompt", {}) if last else (500, b"", {"Retry-After": "25"})
@@ -245,14 +177,14 @@ def test_one_refusal_ends_the_attempts_of_the_others(server: Server) -> None:
         ({"answer": "yes_no"}, likely(), "no log-probabilities"),
     ],
 )
-def test_replies_of_another_kind(server: Server, settings: dict[str, Any], reply: Any, message: str) -> None:
+def test_replies_of_another_kind(server: JudgeServer, settings: dict[str, Any], reply: Any, message: str) -> None:
     server.reply = lambda body, number: (200, reply, {})
     with pytest.raises(RewardError, match=message):
         server.judge(**settings, retries=5).load("cpu")(IMAGES[:1], ["a"])
     assert len(server.asked) == 1
 
 
-def test_an_answer_that_is_no_score_stops_the_run_or_is_skipped(server: Server) -> None:
+def test_an_answer_that_is_no_score_stops_the_run_or_is_skipped(server: JudgeServer) -> None:
     server.reply = lambda body, number: says(None) if "5" in received(body)[1].split('"')[1] else "I like it: 3"
     reward = server.judge().load("cpu")
     with pytest.raises(RewardError, match=r"returned nan for 1 of 6 pictures.*\n.*\n.*on_invalid_reward: skip"):
