@@ -61,3 +61,8 @@ def test_ocr_needs_prompts_with_a_text(tmp_path: Path, tiny_folder: Path) -> Non
     recipe = write_recipe(tmp_path, tiny_folder, reward={"name": "ocr"})
     assert "has no text in double quotes" in refused("train", recipe, "--out", tmp_path / "run")
     assert "this reward is not differentiable" in refused("train", recipe, "algorithm.guidance={form: sigma}")
+
+
+def test_the_list_of_rewards_shows_brackets_as_they_are() -> None:
+    shown = "".join(tailorpo("rewards").output.split())
+    assert "tailorpo[ocr]" in shown

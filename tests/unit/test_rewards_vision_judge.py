@@ -235,6 +235,7 @@ def test_patterns_take_the_last_and_rubrics_need_all() -> None:
         ({"url": "localhost:8000"}, r"url: a server's address such as"),
         ({"low": 5.0, "high": 5.0}, "low has to be below high"),
         ({"question": "Is it good?"}, r"question: it has to hold \{prompt\}"),
+        ({"question": ""}, r"question: it has to hold \{prompt\}"),
         ({"pattern": "("}, "no regular expression"),
         ({"pattern": r"\d"}, "with one group"),
         ({"criteria": []}, "criteria: at least one"),

@@ -105,7 +105,7 @@ class VisionJudge:
             raise ValueError(f"url: a server's address such as http://localhost:8000/v1, not {self.url!r}")
         if self.low >= self.high:
             raise ValueError(f"low, high: low has to be below high, not {self.low:g} and {self.high:g}")
-        if "{prompt}" not in (self.question or "{prompt}"):
+        if self.question is not None and "{prompt}" not in self.question:
             raise ValueError("question: it has to hold {prompt}")
         if self.pattern is not None and _groups(self.pattern) != 1:
             raise ValueError(f"pattern: a regular expression with one group, the number, not {self.pattern!r}")
@@ -129,9 +129,6 @@ class _StayHere(urllib.request.HTTPRedirectHandler):
         """Refuse: the redirection becomes an HTTPError."""
 
 
-_opener = urllib.request.build_opener(_StayHere)
-
-
 class VisionJudgeScorer:
     """The judge, ready to be asked."""
 
@@ -142,6 +139,7 @@ class VisionJudgeScorer:
         self.name = config.name
         self.config = config
         self._address = f"{config.url.rstrip('/')}/chat/completions"
+        self._opener = urllib.request.build_opener(_StayHere)
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -152,7 +150,7 @@ class VisionJudgeScorer:
         """
         stop = threading.Event()
         with ThreadPoolExecutor(self.config.parallel) as pool:
-            asked = [pool.submit(self._score, *pair, stop) for pair in zip(images, prompts, strict=True)]
+            asked = [pool.submit(self._score, *pair, stop) for pair in zip(images.detach().cpu(), prompts, strict=True)]
             try:
                 for each in wait(asked, return_when=FIRST_EXCEPTION).done:
                     each.result()  # raises what was raised, without waiting for the others
@@ -198,7 +196,7 @@ class VisionJudgeScorer:
         for attempt in range(1, self.config.retries + 2):
             pause = 0.25 * 2.0**attempt
             try:
-                with _opener.open(request, timeout=self.config.timeout) as response:
+                with self._opener.open(request, timeout=self.config.timeout) as response:
                     return json.loads(response.read())
             except urllib.error.HTTPError as error:
                 said, again = f"{error.code} {error.reason}: {_body(error)}", error.code == 429 or error.code >= 500
