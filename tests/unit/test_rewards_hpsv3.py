@@ -32,6 +32,27 @@ from tailorpo.rewards.hpsv3 import (
 from tailorpo.rewards.weights import load_strictly
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
+QWEN2_VL_7B = {
+    "model_type": "qwen2_vl",
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "sliding_window": 32768,
+    "use_sliding_window": False,
+    "torch_dtype": "bfloat16",
+    "vision_config": {"depth": 32, "embed_dim": 1280, "in_chans": 3, "hidden_size": 3584, "spatial_patch_size": 14},
+    "vocab_size": 152064,
+}
+"""What matters of the config.json of Qwen2-VL-7B-Instruct, in the form of its time."""
 OFFICIAL = json.loads((FIXTURES / "hpsv3_official.json").read_text())
 
 
@@ -170,21 +191,17 @@ def test_pictures_agree_with_the_pil_processor(size: tuple[int, int]) -> None:
     assert (patches[0].roll(1, 0) - expected["pixel_values"]).mul(std * 255).abs().max() > 50
 
 
-def test_every_official_weight_has_its_place_at_full_size() -> None:
+def test_every_official_weight_has_its_place_at_full_size(tmp_path: Path) -> None:
     official: dict[str, list[int]] = json.loads((FIXTURES / "hpsv3_keys.json").read_text())
     assert len(official) == 736
     state = {name: torch.empty(shape, device="meta") for name, shape in official.items()}
     body, head = split_state(state)
     assert len(body) + len(head) == len(official) - 1  # lm_head.weight is not needed
-    config = Qwen2VLConfig(
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        vocab_size=151658,
-        rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]},
-    )
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2_VL_7B))
+    config = Qwen2VLConfig.from_pretrained(tmp_path / "config.json")
+    assert config.text_config.rope_parameters["mrope_section"] == [16, 24, 24]
+    assert (config.text_config.rope_parameters["rope_theta"], config.image_token_id) == (1e6, 151655)
+    config.text_config.vocab_size = 151658
     load_strictly(make_body(config, torch.bfloat16), body, name="hpsv3", source=Path("x"))
     with torch.device("meta"):
         load_strictly(make_head(3584), head, name="hpsv3", source=Path("x"))
