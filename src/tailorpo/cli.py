@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tailorpo import __version__
@@ -399,7 +400,8 @@ def rewards() -> None:
     words = {True: "yes", False: "no", None: "as it says"}
     table = Table("name", "gradient", "what it rewards", "needs", "unit", box=None, pad_edge=False)
     for reward in describe_rewards():
-        table.add_row(reward.name, words[reward.differentiable], reward.summary, reward.needs, reward.units)
+        cells = (reward.name, words[reward.differentiable], reward.summary, reward.needs, reward.units)
+        table.add_row(*map(escape, cells))
     _console().print(table)
 
 

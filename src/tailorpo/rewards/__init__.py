@@ -21,9 +21,12 @@ from tailorpo.rewards.aesthetic import Aesthetic
 from tailorpo.rewards.clip_preference import ClipPreference, EmojiJudge, EmojiPreference
 from tailorpo.rewards.colour import Brightness, Colourfulness
 from tailorpo.rewards.custom import CustomReward
+from tailorpo.rewards.hpsv3 import HPSv3
 from tailorpo.rewards.jpeg import JpegCompressibility, JpegIncompressibility
+from tailorpo.rewards.ocr import OCR
 from tailorpo.rewards.scorer import Reward, Scorer, StepAware
 from tailorpo.rewards.step_preference import EmojiStepPreference
+from tailorpo.rewards.vision_judge import VisionJudge
 
 BuiltinReward = (
     EmojiPreference
@@ -31,6 +34,9 @@ BuiltinReward = (
     | EmojiJudge
     | ClipPreference
     | Aesthetic
+    | HPSv3
+    | OCR
+    | VisionJudge
     | JpegCompressibility
     | JpegIncompressibility
     | Colourfulness
@@ -82,6 +88,9 @@ def describe_rewards() -> tuple[RewardInfo, ...]:
         EmojiJudge,
         ClipPreference,
         Aesthetic,
+        HPSv3,
+        OCR,
+        VisionJudge,
         JpegCompressibility,
         JpegIncompressibility,
         Colourfulness,
@@ -105,6 +114,7 @@ def describe_rewards() -> tuple[RewardInfo, ...]:
 
 
 __all__ = [
+    "OCR",
     "Aesthetic",
     "Brightness",
     "BuiltinReward",
@@ -114,6 +124,7 @@ __all__ = [
     "EmojiJudge",
     "EmojiPreference",
     "EmojiStepPreference",
+    "HPSv3",
     "JpegCompressibility",
     "JpegIncompressibility",
     "Reward",
@@ -122,6 +133,7 @@ __all__ = [
     "RewardInfo",
     "Scorer",
     "StepAware",
+    "VisionJudge",
     "describe_rewards",
     "load_scorer",
 ]
