@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tailorpo.errors import RewardError
-from tailorpo.rewards.clip_preference import ClipScorer, bundled_clip
+from tailorpo.rewards.clip import ClipScorer
+from tailorpo.rewards.clip_preference import bundled_clip
 
 TIME_FILE = "time_condition.safetensors"
 WAVES, HIDDEN = 8, 128
