@@ -82,6 +82,6 @@ class AestheticScorer:
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B,) float32, with the graph to the pictures if gradients are on."""
-        pixels = (self.preprocess(part.to(self._head.weight.device)) for part in images.split(CHUNK))
+        pixels = (self.preprocess(part.to(self._head.weight.device)) for part in torch.split(images, CHUNK))
         embeddings = torch.cat([self.model(pixel_values=part).image_embeds for part in pixels])
         return self._head(F.normalize(embeddings, dim=-1))

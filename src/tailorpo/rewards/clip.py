@@ -66,7 +66,7 @@ class ClipScorer:
         self.scale: Tensor = model.logit_scale.detach().float().exp()
         """exp(logit_scale), a scalar."""
         self._tokenize = tokenize
-        self._formula = formula or (lambda cosine: self.scale * cosine)
+        self._formula = formula
         self._text = lru_cache(maxsize=4096)(self._encode)
 
     @classmethod
@@ -81,11 +81,12 @@ class ClipScorer:
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B, 3, H, W) in [0, 1] and B prompts -> (B,) float32, with the graph to the pictures if gradients are on."""
-        return self._formula((self.embed(images) * self.text(prompts)).sum(-1))
+        cosine = (self.embed(images) * self.text(prompts)).sum(-1)
+        return self.scale * cosine if self._formula is None else self._formula(cosine)
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> normalised image features (B, D); evaluation measures diversity in them."""
-        pixels = (self.preprocess(part.to(self.device)) for part in images.split(CHUNK))
+        pixels = (self.preprocess(part.to(self.device)) for part in torch.split(images, CHUNK))
         features = [self.model.get_image_features(pixel_values=part).pooler_output.float() for part in pixels]
         return F.normalize(torch.cat(features), dim=-1)
 

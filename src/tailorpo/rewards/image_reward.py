@@ -196,7 +196,7 @@ class ImageRewardScorer:
         device = self._head.weight.device
         tokens = self._tokenizer(list(prompts), padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
         ids, mask = (cast(Tensor, tokens[key]).to(device) for key in ("input_ids", "attention_mask"))
-        parts = zip(images.split(CHUNK), ids.split(CHUNK), mask.split(CHUNK), strict=True)
+        parts = zip(*(torch.split(each, CHUNK) for each in (images, ids, mask)), strict=True)
         return torch.cat([self._score(part.to(device), i, m) for part, i, m in parts])
 
     def _score(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:

@@ -1,0 +1,283 @@
+"""ImageReward and HPSv2 against their official networks, rewritten in plain torch: names and shapes at full size, and
+equal scores at a tiny size, through the files and the public `load`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from official_models import (
+    Shapes,
+    State,
+    image_reward,
+    image_reward_shapes,
+    open_clip_cosine,
+    open_clip_shapes,
+    random_state,
+)
+from safetensors.torch import save_file
+from tiny import tiny_tokenizer
+from torch import Tensor
+from transformers import (
+    BertTokenizer,
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTokenizer,
+)
+
+from tailorpo.rewards import HPSv2, ImageReward, hpsv2
+from tailorpo.rewards import image_reward as ours
+from tailorpo.rewards.weights import load_strictly
+
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+PROMPTS = ["a cat", "red horse on a hill", "dog", ""]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "cat", "red", "horse", "on", "hill", "dog", "##s"]
+
+
+def fixture(name: str) -> dict[str, tuple[int, ...]]:
+    shapes = json.loads((FIXTURES / name).read_text())["shapes"]
+    return {key: tuple(shape) for key, shape in shapes.items()}
+
+
+def on_meta(shapes: Shapes) -> State:
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def numbers(shapes: Shapes) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+# -- Full size, no weights -----------------------------------------------------------------------------------------
+
+
+def test_the_fixtures_account_for_every_byte_of_the_official_files_but_the_container() -> None:
+    # Sizes of ImageReward.pt (float32, one int64 buffer) and HPS_v2*_compressed.pt (float16) on huggingface.co.
+    shapes = fixture("image_reward_shapes.json")
+    assert len(shapes) == 625
+    floats = numbers(shapes) - 512
+    assert floats == 445_737_984 + 927_969
+    assert 0 < 1_786_880_927 - 4 * floats - 8 * 512 < 500 * len(shapes)
+    shapes = fixture("hpsv2_shapes.json")
+    assert len(shapes) == 686
+    for size in (1_972_484_501, 1_972_490_005):
+        assert 0 < size - 2 * numbers(shapes) < 500 * len(shapes)
+
+
+def test_every_name_of_image_reward_has_its_place_and_only_the_named_ones_are_dropped() -> None:
+    official = fixture("image_reward_shapes.json")
+    vision, text, head = ours.to_blip(on_meta(official))
+    with torch.device("meta"):
+        blip = BlipVisionModel(BlipVisionConfig(**ours.VISION))
+        reader = BlipTextModel(BlipTextConfig(**ours.TEXT), add_pooling_layer=False)
+    load_strictly(blip, vision, name="image_reward", source=Path("f"))
+    load_strictly(reader, text, name="image_reward", source=Path("f"))
+    assert sorted(head) == sorted(f"layers.{n}.{kind}" for n in (0, 2, 4, 6, 7) for kind in ("weight", "bias"))
+    dropped = [f"blip.{name}_proj.{kind}" for name in ("vision", "text") for kind in ("weight", "bias")]
+    assert len(vision) + len(text) + len(head) == len(official) - len(dropped) - 1  # position_ids
+    assert ours.to_blip(on_meta({name: official[name] for name in dropped})) == ({}, {}, {})
+
+
+def test_every_name_of_hpsv2_has_its_place() -> None:
+    with torch.device("meta"):
+        model = CLIPModel(CLIPConfig(**hpsv2.CONFIG))
+    state = hpsv2.to_clip(on_meta(fixture("hpsv2_shapes.json")))
+    load_strictly(model, state, name="hpsv2", source=Path("f"))
+    assert len(state) == 686 + 2 * 2 * (32 + 24)  # one stack of query, key and value became three, weight and bias
+
+
+# -- ImageReward, tiny ---------------------------------------------------------------------------------------------
+
+EYE = {"image": 32, "patch": 8, "width": 32, "depth": 2}
+READER = {"words": 20, "positions": 40, "text": 24, "text_depth": 2}
+
+
+def tiny_image_reward(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    vision = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {"hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
+    vision |= {"image_size": 32, "patch_size": 8}
+    text |= {"vocab_size": 20, "max_position_embeddings": 40, "encoder_hidden_size": 32}
+    both = {key: value for key, value in changes.items() if key != "num_attention_heads"}
+    monkeypatch.setattr(ours, "VISION", {**ours.VISION, **vision, **both})
+    monkeypatch.setattr(ours, "TEXT", {**ours.TEXT, **text, **changes, "layer_norm_eps": 1e-12})
+
+
+@pytest.fixture(scope="module")
+def blip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, State]:
+    folder = tmp_path_factory.mktemp("image_reward")
+    state = random_state(image_reward_shapes(**EYE, **READER))
+    torch.save(state, folder / "ImageReward.pt")
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    return folder, state
+
+
+def pictures(count: int = 4, size: int = 32) -> Tensor:
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(5))
+
+
+def official_image_reward(state: State, images: Tensor) -> Tensor:
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(WORDS)})
+    tokens = tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
+    return image_reward(
+        state, (images - MEAN) / STD, tokens["input_ids"], tokens["attention_mask"], heads=4, text_heads=3
+    )
+
+
+def test_image_reward_scores_as_the_official_network(
+    blip: tuple[Path, State], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_image_reward(monkeypatch)
+    folder, state = blip
+    scores = ImageReward(path=str(folder)).load("cpu")(pictures(), PROMPTS)
+    expected = official_image_reward(state, pictures())
+    assert scores.std() > 0.01
+    assert (scores - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "least"),
+    [
+        ({"hidden_act": "quick_gelu"}, 1e-4),
+        ({"layer_norm_eps": 1e-5}, 1e-4),  # transformers' default for BLIP's vision tower
+        ({"num_attention_heads": 4}, 1e-3),
+    ],
+)
+def test_the_comparison_would_notice_other_settings_of_image_reward(
+    blip: tuple[Path, State], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], least: float
+) -> None:
+    tiny_image_reward(monkeypatch, **changes)
+    folder, state = blip
+    scores = ImageReward(path=str(folder)).load("cpu")(pictures(), PROMPTS)
+    assert (scores - official_image_reward(state, pictures())).abs().max() > least
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attn.qkv.weight", "query", "pixels", "position"])
+def test_the_comparison_would_notice_weights_in_the_wrong_place(
+    blip: tuple[Path, State], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def damaged(state: State) -> tuple[State, State, State]:
+        vision, text, head = to_blip(state)
+        if name == "blocks.0.attn.qkv.weight":  # query and key swapped
+            q, k, v = vision["encoder.layers.0.self_attn.qkv.weight"].chunk(3)
+            vision["encoder.layers.0.self_attn.qkv.weight"] = torch.cat([k, q, v])
+        elif name == "query":
+            attention = "encoder.layer.1.attention.self."
+            swapped = {f"{attention}query.weight": text[f"{attention}key.weight"]}
+            text |= {**swapped, f"{attention}key.weight": text[f"{attention}query.weight"]}
+        elif name == "pixels":
+            vision["embeddings.patch_embedding.weight"] = vision["embeddings.patch_embedding.weight"].flip(1)
+        else:
+            vision["embeddings.position_embedding"] = vision["embeddings.position_embedding"].roll(1, dims=1)
+        return vision, text, head
+
+    to_blip = ours.to_blip
+    tiny_image_reward(monkeypatch)
+    monkeypatch.setattr(ours, "to_blip", damaged)
+    folder, state = blip
+    scores = ImageReward(path=str(folder)).load("cpu")(pictures(), PROMPTS)
+    assert (scores - official_image_reward(state, pictures())).abs().max() > 1e-4
+
+
+# -- HPSv2, tiny ---------------------------------------------------------------------------------------------------
+
+CLIP = {"image": 28, "patch": 7, "width": 40, "depth": 2, "positions": 16, "text": 24, "text_depth": 2, "shared": 24}
+
+
+def tiny_hpsv2(monkeypatch: pytest.MonkeyPatch, words: int, *, hidden_act: str = "gelu", **ids: int) -> None:
+    sizes = {"num_hidden_layers": 2, "hidden_act": hidden_act}
+    text = {"hidden_size": 24, "intermediate_size": 96, "num_attention_heads": 3, "max_position_embeddings": 16, **ids}
+    vision = {"hidden_size": 40, "intermediate_size": 160, "num_attention_heads": 4, "image_size": 28, "patch_size": 7}
+    config = {"projection_dim": 24, "text_config": {**sizes, **text, "vocab_size": words}}
+    monkeypatch.setattr(hpsv2, "CONFIG", {**config, "vision_config": {**sizes, **vision}})
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, State, CLIPTokenizer]:
+    folder = tmp_path_factory.mktemp("hpsv2")
+    tokenizer = tiny_tokenizer(folder)
+    tokenizer.save_pretrained(folder)
+    # The official file is float16; the reference gets what is in it.
+    state = {name: value.half() for name, value in random_state(open_clip_shapes(**CLIP, words=len(tokenizer))).items()}
+    torch.save({"state_dict": state, "epoch": 0}, folder / "HPS_v2.1_compressed.pt")
+    save_file({name: -value if name == "visual.proj" else value for name, value in state.items()}, folder / "v2.st")
+    (folder / "v2.st").rename(folder / "HPS_v2_compressed.safetensors")
+    return folder, {name: value.float() for name, value in state.items()}, tokenizer
+
+
+def load_tiny_hpsv2(
+    clip: tuple[Path, State, CLIPTokenizer], monkeypatch: pytest.MonkeyPatch, *, version: Any = "2.1", **changes: Any
+) -> Callable[[Tensor, list[str]], Tensor]:
+    folder, _, tokenizer = clip
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    tiny_hpsv2(monkeypatch, len(tokenizer), **ids, **changes)
+    return HPSv2(path=str(folder), version=version).load("cpu")
+
+
+def official_hpsv2(clip: tuple[Path, State, CLIPTokenizer], images: Tensor) -> Tensor:
+    _, state, tokenizer = clip
+    ids = torch.zeros(len(PROMPTS), 16, dtype=torch.long)  # open_clip pads with zeros and does not mask them
+    for row, prompt in enumerate(PROMPTS):
+        tokens = tokenizer(prompt, truncation=True, max_length=16)["input_ids"]
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+    return open_clip_cosine(state, (images - MEAN) / STD, ids, heads=4, text_heads=3)
+
+
+def test_hpsv2_scores_as_the_official_network(
+    clip: tuple[Path, State, CLIPTokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = pictures(size=28)
+    scores = load_tiny_hpsv2(clip, monkeypatch)(images, PROMPTS)
+    expected = official_hpsv2(clip, images)
+    assert scores.std() > 0.01
+    assert (scores - expected).abs().max() < 1e-5
+    other = load_tiny_hpsv2(clip, monkeypatch, version="2.0")(images, PROMPTS)  # its own file, here with a sign turned
+    assert (other + expected).abs().max() < 1e-5
+
+
+def test_the_comparison_would_notice_openais_gelu(
+    clip: tuple[Path, State, CLIPTokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = pictures(size=28)
+    scores = load_tiny_hpsv2(clip, monkeypatch, hidden_act="quick_gelu")(images, PROMPTS)
+    assert (scores - official_hpsv2(clip, images)).abs().max() > 1e-4
+
+
+def transposed(state: State) -> None:
+    state["text_projection.weight"] = state["text_projection.weight"].T.contiguous()
+
+
+def swapped(state: State) -> None:
+    query, key = (f"vision_model.encoder.layers.1.self_attn.{letter}_proj.weight" for letter in "qk")
+    state[query], state[key] = state[key], state[query]
+
+
+def exchanged(state: State) -> None:
+    first, second = (f"text_model.encoder.layers.0.layer_norm{number}.weight" for number in (1, 2))
+    state[first], state[second] = state[second], state[first]
+
+
+@pytest.mark.parametrize("damage", [transposed, swapped, exchanged])
+def test_the_comparison_would_notice_weights_of_hpsv2_in_the_wrong_place(
+    clip: tuple[Path, State, CLIPTokenizer], monkeypatch: pytest.MonkeyPatch, damage: Callable[[State], None]
+) -> None:
+    to_clip = hpsv2.to_clip
+
+    def damaged(state: State) -> State:
+        renamed = to_clip(state)
+        damage(renamed)
+        return renamed
+
+    monkeypatch.setattr(hpsv2, "to_clip", damaged)
+    images = pictures(size=28)
+    scores = load_tiny_hpsv2(clip, monkeypatch)(images, PROMPTS)
+    assert (scores - official_hpsv2(clip, images)).abs().max() > 1e-4
