@@ -133,9 +133,7 @@ def official_image_reward(state: State, images: Tensor) -> Tensor:
     )
 
 
-def test_image_reward_scores_as_the_official_network(
-    blip: tuple[Path, State], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_image_reward_scores_as_the_official_network(blip: tuple[Path, State], monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_image_reward(monkeypatch)
     folder, state = blip
     scores = ImageReward(path=str(folder)).load("cpu")(pictures(), PROMPTS)

@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny import tiny_tokenizer
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from tailorpo.errors import RewardError
-from tailorpo.rewards import Aesthetic, ClipPreference, EmojiJudge, EmojiPreference, Scorer
-from tailorpo.rewards.clip_folder import ClipPreprocess
-from tailorpo.rewards.clip_preference import ClipScorer
+from tailorpo.rewards import Aesthetic, ClipPreference, ClipScore, EmojiJudge, EmojiPreference, PickScore, Scorer
+from tailorpo.rewards.aesthetic import HEAD
+from tailorpo.rewards.clip import CHUNK, ClipScorer
+from tailorpo.rewards.preprocess import Preprocess
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 PROMPTS = ("a cat", "red horse", "dog", "a snail")
@@ -103,7 +106,7 @@ def test_a_model_in_training_mode_is_put_into_eval_mode(folder: Path) -> None:
     config = CLIPConfig.from_pretrained(folder)
     config.vision_config.attention_dropout = 0.5
     model = CLIPModel.from_pretrained(folder, config=config).train()
-    reward = ClipScorer(model, ClipPreprocess(32, "cpu"), tokenize=lambda _: [52, 1, 53], name="tiny")
+    reward = ClipScorer(model, Preprocess(size=32), tokenize=lambda _: [52, 1, 53], name="tiny")
     assert torch.equal(reward(pictures(), PROMPTS), reward(pictures(), PROMPTS))
 
 
@@ -131,7 +134,7 @@ def test_long_prompts_are_cut_and_empty_ones_scored(reward: ClipScorer) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: shutil.rmtree(folder), r"there is no folder .*\n.*hf download yuvalkirstain/PickScore_v1"),
+        (lambda folder: shutil.rmtree(folder), r"there is no folder .*; it has to hold a transformers CLIPModel"),
         (lambda folder: (folder / "config.json").unlink(), r"config\.json is missing in"),
         (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is not valid JSON"),
         (
@@ -170,10 +173,10 @@ def test_features_and_the_threshold_of_good_pictures(folder: Path, reward: ClipS
     copy = Path(shutil.copytree(folder, tmp_path / "clip"))
     for text, expected in (('{"threshold": 1.5, "n": 7}', 1.5), ('{"n": 7}', None)):
         (copy / "quality.json").write_text(text)
-        assert ClipScorer.from_folder(copy, name="x", device="cpu", hint="").good_threshold == expected
+        assert ClipPreference(path=str(copy)).load("cpu").good_threshold == expected
     (copy / "quality.json").write_text('{"threshold": "high"}')
     with pytest.raises(RewardError, match="is no number"):
-        ClipScorer.from_folder(copy, name="x", device="cpu", hint="")
+        ClipPreference(path=str(copy)).load("cpu")
 
 
 @pytest.mark.parametrize("config", [EmojiPreference(), EmojiJudge()], ids=lambda config: config.name)
@@ -205,26 +208,31 @@ def save_head(path: Path, widths: tuple[int, ...] = (24, 16, 8, 1), *, seed: int
     return state
 
 
-def test_the_aesthetic_score_is_one_affine_map_of_the_normalised_embedding(folder: Path, tmp_path: Path) -> None:
-    state = save_head(tmp_path / "head.pth")
-    reward = Aesthetic(path=str(folder), file=str(tmp_path / "head.pth")).load("cpu")
+@pytest.fixture
+def aesthetic(folder: Path, tmp_path: Path) -> Path:
+    """A folder as `aesthetic` reads it."""
+    copy = Path(shutil.copytree(folder, tmp_path / "aesthetic"))
+    save_head(copy / HEAD)
+    return copy
+
+
+def test_the_aesthetic_score_is_its_layers_one_after_the_other(folder: Path, aesthetic: Path) -> None:
+    reward = Aesthetic(path=str(aesthetic)).load("cpu")
     images = pictures().requires_grad_()
     scores = Scorer([(reward, 1.0)])(images, PROMPTS)
-    # The same number another way: the whole CLIPModel's embedding, and the layers multiplied together in float64.
+    # The same number another way: the whole CLIPModel's embedding, and the chain of layers that the library multiplies
+    # out.
     pixels = (images.detach().numpy() - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))
     model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         embeddings = model(
             pixel_values=torch.from_numpy(pixels).float(), input_ids=torch.ones(4, 3).long()
         ).image_embeds
-    matrix, shift = np.eye(24), np.zeros(24)
+    state = torch.load(aesthetic / HEAD, weights_only=True)
     for number in (0, 2, 4):
-        weight, bias = (
-            state[f"layers.{number}.weight"].double().numpy(),
-            state[f"layers.{number}.bias"].double().numpy(),
-        )
-        matrix, shift = weight @ matrix, weight @ shift + bias
-    assert np.allclose(scores.detach().numpy(), (embeddings.numpy() @ matrix.T + shift)[:, 0], rtol=1e-4, atol=1e-4)
+        embeddings = F.linear(embeddings, state[f"layers.{number}.weight"], state[f"layers.{number}.bias"])
+    assert np.allclose(scores.detach().numpy(), embeddings[:, 0].numpy(), rtol=1e-4, atol=1e-4)
+    assert scores.std() > 1e-3
     (gradient,) = torch.autograd.grad(scores.sum(), images)
     assert gradient.abs().sum() > 0
 
@@ -232,15 +240,89 @@ def test_the_aesthetic_score_is_one_affine_map_of_the_normalised_embedding(folde
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: None, r"there is no file .*improved-aesthetic-predictor"),
-        (lambda path: path.write_bytes(b"no weights"), r"is not an aesthetic predictor"),
-        (lambda path: torch.save({"weight": torch.ones(2)}, path), r"it holds \['weight'\], expected layers\.N"),
-        (lambda path: torch.save([1, 2], path), r"is not an aesthetic predictor"),
-        (lambda path: save_head(path, (768, 4, 1)), r"expects embeddings of 768 numbers, the model .* gives 24"),
-        (lambda path: save_head(path, (24, 4, 2)), r"that end in 1"),
+        (
+            lambda path: path.unlink(),
+            r"is missing in .*\n  curl -L .*improved-aesthetic-predictor.*3\.7 MB; Apache",
+        ),
+        (lambda path: path.write_bytes(b"no weights"), r"linearMSE\.pth cannot be read"),
+        (lambda path: torch.save({"weight": torch.ones(2)}, path), r"it holds \['weight'\], expected only.*layers\.N"),
+        (lambda path: torch.save([1, 2], path), r"holds no weights"),
+        (lambda path: save_head(path, (768, 4, 1)), r"from the 24 numbers .* its layers are \(4, 768\), \(1, 4\)"),
+        (lambda path: save_head(path, (24, 4, 2)), r"to one score; its layers are \(4, 24\), \(2, 4\)"),
     ],
 )
-def test_an_aesthetic_head_that_cannot_be_used(folder: Path, tmp_path: Path, make, message: str) -> None:
-    make(tmp_path / "head.pth")
+def test_an_aesthetic_head_that_cannot_be_used(aesthetic: Path, make, message: str) -> None:
+    make(aesthetic / HEAD)
     with pytest.raises(RewardError, match=message):
-        Aesthetic(path=str(folder), file=str(tmp_path / "head.pth")).load("cpu")
+        Aesthetic(path=str(aesthetic)).load("cpu")
+
+
+# -- PickScore and CLIPScore ---------------------------------------------------------------------------------------
+
+
+def test_pickscore_reads_the_buffers_of_its_old_checkpoint_and_scores_as_the_model_does(
+    folder: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "pickscore"))
+    state = load_file(copy / "model.safetensors")
+    for tower, length in (("text_model", 16), ("vision_model", 17)):
+        state[f"{tower}.embeddings.position_ids"] = torch.arange(length)[None].flip(1).contiguous()  # not to be used
+    save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
+    images = pictures()
+    scores = PickScore(path=str(copy)).load("cpu")(images, PROMPTS)
+    assert np.allclose(scores.numpy(), oracle(folder, images), rtol=1e-4, atol=1e-5)
+
+
+def test_conventions_of_clip_score(folder: Path, tmp_path: Path) -> None:
+    images, prompts = pictures(), ["a cat", "\uff52\uff45\uff44", "dog", "sn&#97;il"]
+    model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():  # turned against the first prompt's features, so that cosines of both signs come up
+        texts = model.get_text_features(
+            **CLIPTokenizer.from_pretrained(folder)(prompts, padding=True, return_tensors="pt")
+        )
+        away = F.normalize(texts.pooler_output.mean(0), dim=0)
+        weight = model.visual_projection.weight
+        weight -= torch.outer(away, away @ weight)
+    folder = Path(shutil.copytree(folder, tmp_path / "clip"))
+    model.save_pretrained(folder)
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    pixels = torch.from_numpy((images.numpy() - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))).float()
+
+    def cosine(texts: list[str]) -> Tensor:
+        tokens = tokenizer(texts, padding=True, truncation=True, max_length=16, return_tensors="pt")
+        with torch.no_grad():
+            output = model(pixel_values=pixels, **tokens)
+        return F.cosine_similarity(output.image_embeds, output.text_embeds)
+
+    def scored(convention) -> Tensor:
+        return ClipScore(path=str(folder), convention=convention).load("cpu")(images, prompts)
+
+    plain = cosine(prompts)
+    assert plain.min() < 0 < plain.max()  # or else nothing would be clipped
+    assert torch.allclose(scored("cosine"), plain, atol=1e-6)
+    assert torch.allclose(scored("torchmetrics"), 100 * plain.clamp(min=0), atol=1e-4)
+    texts = [f"A photo depicts {text}" for text in ("a cat", "red", "dog", "snail")]
+    assert torch.allclose(scored("paper"), 2.5 * cosine(texts).clamp(min=0), atol=1e-6)
+    assert not torch.allclose(cosine(texts), plain, atol=1e-3)
+
+
+def test_a_batch_of_more_than_one_chunk(folder: Path, aesthetic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, prompts = pictures(CHUNK + 3), ["a cat", "dog", "red"] * 11 + ["", "horse"]
+    for reward in (ClipScore(path=str(folder)).load("cpu"), Aesthetic(path=str(aesthetic)).load("cpu")):
+        together = reward(images, prompts)
+        parts = [reward(images[i : i + 5], prompts[i : i + 5]) for i in range(0, len(images), 5)]
+        assert together.shape == (CHUNK + 3,)
+        assert torch.allclose(together, torch.cat(parts), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_near_and_keeps_the_gradient(folder: Path, dtype) -> None:
+    images = pictures().requires_grad_()
+    exact = PickScore(path=str(folder)).load("cpu")(images, PROMPTS)
+    reward = PickScore(path=str(folder), dtype=dtype).load("cpu")
+    scores = reward(images, PROMPTS)
+    assert scores.dtype == torch.float32
+    assert 0 < (scores - exact).abs().max() < 0.05 * exact.abs().max()
+    (gradient,) = torch.autograd.grad(scores.sum(), images)
+    (expected,) = torch.autograd.grad(exact.sum(), images)
+    assert F.cosine_similarity(gradient.flatten(), expected.flatten(), dim=0) > 0.97
