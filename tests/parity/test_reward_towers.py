@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from official_models import (
-    Shapes,
-    State,
-    image_reward,
-    image_reward_shapes,
-    open_clip_cosine,
-    open_clip_shapes,
-    random_state,
+from official_models import Shapes, State, image_reward, open_clip_cosine
+from tiny_rewards import (
+    HEADS,
+    TEXT_HEADS,
+    WORDS,
+    pictures,
+    save_tiny_hpsv2,
+    save_tiny_image_reward,
+    shrink_hpsv2,
+    shrink_image_reward,
 )
-from safetensors.torch import save_file
-from tiny import tiny_tokenizer
 from torch import Tensor
 from transformers import (
     BertTokenizer,
@@ -41,8 +41,7 @@ from tailorpo.rewards.weights import load_strictly
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
-PROMPTS = ["a cat", "red horse on a hill", "dog", ""]
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "cat", "red", "horse", "on", "hill", "dog", "##s"]
+PROMPTS = ["a cat", "red horse snail", "dogs on a hill", ""]
 
 
 def fixture(name: str) -> dict[str, tuple[int, ...]]:
@@ -98,43 +97,23 @@ def test_every_name_of_hpsv2_has_its_place() -> None:
 
 # -- ImageReward, tiny ---------------------------------------------------------------------------------------------
 
-EYE = {"image": 32, "patch": 8, "width": 32, "depth": 2}
-READER = {"words": 20, "positions": 40, "text": 24, "text_depth": 2}
-
-
-def tiny_image_reward(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    vision = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text = {"hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
-    vision |= {"image_size": 32, "patch_size": 8}
-    text |= {"vocab_size": 20, "max_position_embeddings": 40, "encoder_hidden_size": 32}
-    both = {key: value for key, value in changes.items() if key != "num_attention_heads"}
-    monkeypatch.setattr(ours, "VISION", {**ours.VISION, **vision, **both})
-    monkeypatch.setattr(ours, "TEXT", {**ours.TEXT, **text, **changes, "layer_norm_eps": 1e-12})
-
 
 @pytest.fixture(scope="module")
 def blip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, State]:
     folder = tmp_path_factory.mktemp("image_reward")
-    state = random_state(image_reward_shapes(**EYE, **READER))
-    torch.save(state, folder / "ImageReward.pt")
-    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    return folder, state
-
-
-def pictures(count: int = 4, size: int = 32) -> Tensor:
-    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(5))
+    return folder, save_tiny_image_reward(folder)
 
 
 def official_image_reward(state: State, images: Tensor) -> Tensor:
     tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(WORDS)})
     tokens = tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
     return image_reward(
-        state, (images - MEAN) / STD, tokens["input_ids"], tokens["attention_mask"], heads=4, text_heads=3
+        state, (images - MEAN) / STD, tokens["input_ids"], tokens["attention_mask"], heads=HEADS, text_heads=TEXT_HEADS
     )
 
 
 def test_image_reward_scores_as_the_official_network(blip: tuple[Path, State], monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny_image_reward(monkeypatch)
+    shrink_image_reward(monkeypatch)
     folder, state = blip
     scores = ImageReward(path=str(folder)).load("cpu")(pictures(), PROMPTS)
     expected = official_image_reward(state, pictures())
@@ -145,15 +124,16 @@ def test_image_reward_scores_as_the_official_network(blip: tuple[Path, State], m
 @pytest.mark.parametrize(
     ("changes", "least"),
     [
-        ({"hidden_act": "quick_gelu"}, 1e-4),
-        ({"layer_norm_eps": 1e-5}, 1e-4),  # transformers' default for BLIP's vision tower
-        ({"num_attention_heads": 4}, 1e-3),
+        ({"vision": {"hidden_act": "quick_gelu"}}, 1e-4),
+        ({"text": {"hidden_act": "quick_gelu"}}, 1e-4),
+        ({"vision": {"layer_norm_eps": 1e-5}}, 1e-4),  # transformers' default for BLIP's vision tower
+        ({"text": {"num_attention_heads": 4}}, 1e-3),
     ],
 )
 def test_the_comparison_would_notice_other_settings_of_image_reward(
     blip: tuple[Path, State], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], least: float
 ) -> None:
-    tiny_image_reward(monkeypatch, **changes)
+    shrink_image_reward(monkeypatch, **changes)
     folder, state = blip
     scores = ImageReward(path=str(folder)).load("cpu")(pictures(), PROMPTS)
     assert (scores - official_image_reward(state, pictures())).abs().max() > least
@@ -179,7 +159,7 @@ def test_the_comparison_would_notice_weights_in_the_wrong_place(
         return vision, text, head
 
     to_blip = ours.to_blip
-    tiny_image_reward(monkeypatch)
+    shrink_image_reward(monkeypatch)
     monkeypatch.setattr(ours, "to_blip", damaged)
     folder, state = blip
     scores = ImageReward(path=str(folder)).load("cpu")(pictures(), PROMPTS)
@@ -188,65 +168,38 @@ def test_the_comparison_would_notice_weights_in_the_wrong_place(
 
 # -- HPSv2, tiny ---------------------------------------------------------------------------------------------------
 
-CLIP = {"image": 28, "patch": 7, "width": 40, "depth": 2, "positions": 16, "text": 24, "text_depth": 2, "shared": 24}
-
-
-def tiny_hpsv2(monkeypatch: pytest.MonkeyPatch, words: int, *, hidden_act: str = "gelu", **ids: int) -> None:
-    sizes = {"num_hidden_layers": 2, "hidden_act": hidden_act}
-    text = {"hidden_size": 24, "intermediate_size": 96, "num_attention_heads": 3, "max_position_embeddings": 16, **ids}
-    vision = {"hidden_size": 40, "intermediate_size": 160, "num_attention_heads": 4, "image_size": 28, "patch_size": 7}
-    config = {"projection_dim": 24, "text_config": {**sizes, **text, "vocab_size": words}}
-    monkeypatch.setattr(hpsv2, "CONFIG", {**config, "vision_config": {**sizes, **vision}})
-
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, State, CLIPTokenizer]:
+def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, State]:
     folder = tmp_path_factory.mktemp("hpsv2")
-    tokenizer = tiny_tokenizer(folder)
-    tokenizer.save_pretrained(folder)
-    # The official file is float16; the reference gets what is in it.
-    state = {name: value.half() for name, value in random_state(open_clip_shapes(**CLIP, words=len(tokenizer))).items()}
-    torch.save({"state_dict": state, "epoch": 0}, folder / "HPS_v2.1_compressed.pt")
-    save_file({name: -value if name == "visual.proj" else value for name, value in state.items()}, folder / "v2.st")
-    (folder / "v2.st").rename(folder / "HPS_v2_compressed.safetensors")
-    return folder, {name: value.float() for name, value in state.items()}, tokenizer
+    return folder, save_tiny_hpsv2(folder)
 
 
-def load_tiny_hpsv2(
-    clip: tuple[Path, State, CLIPTokenizer], monkeypatch: pytest.MonkeyPatch, *, version: Any = "2.1", **changes: Any
-) -> Callable[[Tensor, list[str]], Tensor]:
-    folder, _, tokenizer = clip
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    tiny_hpsv2(monkeypatch, len(tokenizer), **ids, **changes)
-    return HPSv2(path=str(folder), version=version).load("cpu")
-
-
-def official_hpsv2(clip: tuple[Path, State, CLIPTokenizer], images: Tensor) -> Tensor:
-    _, state, tokenizer = clip
+def official_hpsv2(clip: tuple[Path, State], images: Tensor) -> Tensor:
+    folder, state = clip
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
     ids = torch.zeros(len(PROMPTS), 16, dtype=torch.long)  # open_clip pads with zeros and does not mask them
     for row, prompt in enumerate(PROMPTS):
         tokens = tokenizer(prompt, truncation=True, max_length=16)["input_ids"]
         ids[row, : len(tokens)] = torch.tensor(tokens)
-    return open_clip_cosine(state, (images - MEAN) / STD, ids, heads=4, text_heads=3)
+    return open_clip_cosine(state, (images - MEAN) / STD, ids, heads=HEADS, text_heads=TEXT_HEADS)
 
 
-def test_hpsv2_scores_as_the_official_network(
-    clip: tuple[Path, State, CLIPTokenizer], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hpsv2_scores_as_the_official_network(clip: tuple[Path, State], monkeypatch: pytest.MonkeyPatch) -> None:
     images = pictures(size=28)
-    scores = load_tiny_hpsv2(clip, monkeypatch)(images, PROMPTS)
+    shrink_hpsv2(monkeypatch)
+    scores = HPSv2(path=str(clip[0])).load("cpu")(images, PROMPTS)
     expected = official_hpsv2(clip, images)
     assert scores.std() > 0.01
     assert (scores - expected).abs().max() < 1e-5
-    other = load_tiny_hpsv2(clip, monkeypatch, version="2.0")(images, PROMPTS)  # its own file, here with a sign turned
+    other = HPSv2(path=str(clip[0]), version="2.0").load("cpu")(images, PROMPTS)  # its own file: the signs are turned
     assert (other + expected).abs().max() < 1e-5
 
 
-def test_the_comparison_would_notice_openais_gelu(
-    clip: tuple[Path, State, CLIPTokenizer], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_comparison_would_notice_openais_gelu(clip: tuple[Path, State], monkeypatch: pytest.MonkeyPatch) -> None:
     images = pictures(size=28)
-    scores = load_tiny_hpsv2(clip, monkeypatch, hidden_act="quick_gelu")(images, PROMPTS)
+    shrink_hpsv2(monkeypatch, hidden_act="quick_gelu")
+    scores = HPSv2(path=str(clip[0])).load("cpu")(images, PROMPTS)
     assert (scores - official_hpsv2(clip, images)).abs().max() > 1e-4
 
 
@@ -266,7 +219,7 @@ def exchanged(state: State) -> None:
 
 @pytest.mark.parametrize("damage", [transposed, swapped, exchanged])
 def test_the_comparison_would_notice_weights_of_hpsv2_in_the_wrong_place(
-    clip: tuple[Path, State, CLIPTokenizer], monkeypatch: pytest.MonkeyPatch, damage: Callable[[State], None]
+    clip: tuple[Path, State], monkeypatch: pytest.MonkeyPatch, damage: Callable[[State], None]
 ) -> None:
     to_clip = hpsv2.to_clip
 
@@ -277,5 +230,6 @@ def test_the_comparison_would_notice_weights_of_hpsv2_in_the_wrong_place(
 
     monkeypatch.setattr(hpsv2, "to_clip", damaged)
     images = pictures(size=28)
-    scores = load_tiny_hpsv2(clip, monkeypatch)(images, PROMPTS)
+    shrink_hpsv2(monkeypatch)
+    scores = HPSv2(path=str(clip[0])).load("cpu")(images, PROMPTS)
     assert (scores - official_hpsv2(clip, images)).abs().max() > 1e-4

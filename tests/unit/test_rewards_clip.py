@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import tiny_tokenizer
+from tiny_rewards import MEAN, PROMPTS, STD, pictures, save_head, save_tiny_aesthetic, save_tiny_clip
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
@@ -23,31 +21,6 @@ from tailorpo.rewards.aesthetic import HEAD
 from tailorpo.rewards.clip import CHUNK, ClipScorer
 from tailorpo.rewards.preprocess import Preprocess
 
-MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
-PROMPTS = ("a cat", "red horse", "dog", "a snail")
-
-
-def save_tiny_clip(folder: Path, *, size: int = 32, seed: int = 0) -> Path:
-    """A CLIPModel folder as `clip_preference` reads it; biases and norms random too, so that mistakes show."""
-    tokenizer = tiny_tokenizer(folder / "source")
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = CLIPConfig(
-        text_config={**sizes, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": 16},
-        vision_config={**sizes, "image_size": size, "patch_size": 8},
-        projection_dim=24,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = CLIPModel(config)
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    model.half().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    preprocessing = {"image_mean": MEAN, "image_std": STD, "size": {"shortest_edge": size}}
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
-    return folder
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -57,10 +30,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reward(folder: Path) -> ClipScorer:
     return ClipPreference(path=str(folder)).load("cpu")
-
-
-def pictures(count: int = 4, size: int = 32, *, seed: int = 0) -> Tensor:
-    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 def oracle(folder: Path, images: Tensor) -> np.ndarray:
@@ -197,23 +166,9 @@ def test_bundled_rewards_say_where_they_come_from(monkeypatch: pytest.MonkeyPatc
         EmojiJudge().load("cpu")
 
 
-def save_head(path: Path, widths: tuple[int, ...] = (24, 16, 8, 1), *, seed: int = 3) -> dict[str, Tensor]:
-    """Weights in the names and gaps of the real predictor's file."""
-    generator = torch.Generator().manual_seed(seed)
-    state: dict[str, Tensor] = {}
-    for number, (before, after) in enumerate(pairwise(widths)):
-        state[f"layers.{2 * number}.weight"] = torch.randn(after, before, generator=generator)
-        state[f"layers.{2 * number}.bias"] = torch.randn(after, generator=generator)
-    torch.save(state, path)
-    return state
-
-
 @pytest.fixture
-def aesthetic(folder: Path, tmp_path: Path) -> Path:
-    """A folder as `aesthetic` reads it."""
-    copy = Path(shutil.copytree(folder, tmp_path / "aesthetic"))
-    save_head(copy / HEAD)
-    return copy
+def aesthetic(tmp_path: Path) -> Path:
+    return save_tiny_aesthetic(tmp_path / "aesthetic")
 
 
 def test_the_aesthetic_score_is_its_layers_one_after_the_other(folder: Path, aesthetic: Path) -> None:
