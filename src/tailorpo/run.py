@@ -341,9 +341,6 @@ def _missing(value: Any, name: str) -> list[str]:
             bundled = isinstance(value, ModelConfig) and inner == "emoji"
             if not bundled and not Path(inner).expanduser().is_dir():
                 problems.append(f"{name}.path: there is no folder {inner} (looked from {Path.cwd()})")
-        elif item.name == "file" and isinstance(inner, str):
-            if not Path(inner).expanduser().is_file():
-                problems.append(f"{name}.file: there is no file {inner} (looked from {Path.cwd()})")
         else:
             problems += _missing(inner, f"{name}.{item.name}")
     return problems

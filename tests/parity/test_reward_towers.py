@@ -22,7 +22,8 @@ from tiny_rewards import (
     shrink_hpsv2,
     shrink_image_reward,
 )
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     BertTokenizer,
     BlipTextConfig,
@@ -32,6 +33,8 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
 )
 
 from tailorpo.rewards import HPSv2, ImageReward, hpsv2
@@ -93,6 +96,44 @@ def test_every_name_of_hpsv2_has_its_place() -> None:
     state = hpsv2.to_clip(on_meta(fixture("hpsv2_shapes.json")))
     load_strictly(model, state, name="hpsv2", source=Path("f"))
     assert len(state) == 686 + 2 * 2 * (32 + 24)  # one stack of query, key and value became three, weight and bias
+
+
+def gigaflops(forward: Callable[[], object]) -> float:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        forward()
+    return counter.get_total_flops() / 1e9
+
+
+def test_costs_are_those_in_the_docs() -> None:
+    with torch.device("meta"):
+        pixels, prompt = torch.empty(1, 3, 224, 224), torch.zeros(1, 77, dtype=torch.long)
+        huge, base = CLIPModel(CLIPConfig(**hpsv2.CONFIG)), CLIPModel(CLIPConfig())
+        sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+        large = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, patch_size=14, projection_dim=768))
+        blip = BlipVisionModel(BlipVisionConfig(**ours.VISION))
+        reader = BlipTextModel(BlipTextConfig(**ours.TEXT), add_pooling_layer=False)
+        costs = {
+            "hpsv2, pickscore": gigaflops(lambda: huge.get_image_features(pixel_values=pixels)),
+            "their prompts": gigaflops(lambda: huge.get_text_features(input_ids=prompt)),
+            "clip_score": gigaflops(lambda: base.get_image_features(pixel_values=pixels)),
+            "its prompts": gigaflops(lambda: base.get_text_features(input_ids=prompt)),
+            "aesthetic": gigaflops(lambda: large(pixel_values=pixels)),
+            "image_reward": gigaflops(
+                lambda: reader(input_ids=prompt[:, :35], encoder_hidden_states=blip(pixels).last_hidden_state)
+            ),
+        }
+    assert {name: round(cost, 1) for name, cost in costs.items()} == {
+        "hpsv2, pickscore": 334.6,
+        "their prompts": 47.1,
+        "clip_score": 8.8,
+        "its prompts": 6.0,
+        "aesthetic": 162.0,
+        "image_reward": 137.8,
+    }
+    parts = ((huge, 986.1), (base, 151.3), (large, 304.0), (nn.ModuleList([blip, reader]), 445.3))
+    assert all(
+        sum(weight.numel() for weight in net.parameters()) / 1e6 == pytest.approx(size, abs=0.05) for net, size in parts
+    )
 
 
 # -- ImageReward, tiny ---------------------------------------------------------------------------------------------

@@ -86,12 +86,6 @@ class RewardInfo:
     """What has to be fetched before it can be used, with sizes and licences."""
 
 
-_DOWNLOADS = {
-    kind.__dataclass_fields__["name"].default: kind.downloads
-    for kind in (Aesthetic, ImageReward, HPSv2, PickScore, ClipScore)
-}
-
-
 def describe_rewards() -> tuple[RewardInfo, ...]:
     """What there is, for `tailorpo rewards` and the docs; the last one stands for a user's own."""
     builtin: tuple[type[BuiltinReward], ...] = (
@@ -121,7 +115,7 @@ def describe_rewards() -> tuple[RewardInfo, ...]:
             needs=kind.needs,
             units=kind.units,
             source=kind.source,
-            downloads=_DOWNLOADS.get(name, ()),
+            downloads=getattr(kind, "downloads", ()),
         )
         for name, kind, differentiable in kinds
     )

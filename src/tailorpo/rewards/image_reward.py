@@ -37,7 +37,7 @@ from tailorpo.rewards.weights import (
 )
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-"""Of the head's output, as the official code has them: a score of 0 is an average picture of its training set."""
+"""What the official code takes off the head's output, and what it divides by."""
 
 LONGEST = 35
 """Tokens of a prompt that are read, with [CLS] and [SEP]."""
@@ -90,7 +90,7 @@ class ImageReward:
     dtype: Dtype = "float32"
     differentiable = True
     needs = "path: a folder with ImageReward.pt and bert-base-uncased's vocab.txt (1.8 GB)"
-    units = "standard deviations of its training pictures, about -2.3 to 2"
+    units = "preference, standardised by its authors, about -2.3 to 2"
     source = "Xu et al. 2023, arXiv 2304.05977"
     downloads = (
         Download(
