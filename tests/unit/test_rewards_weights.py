@@ -5,6 +5,7 @@ And that none of it needs torchvision.
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 import sys
@@ -174,6 +175,16 @@ def test_a_vocabulary_that_is_none(blip: Path, text: bytes, message: str) -> Non
     (blip / "vocab.txt").write_bytes(text)
     with pytest.raises(RewardError, match=message):
         ImageReward(path=str(blip)).load("cpu")
+
+
+def test_a_tokenizer_of_another_model(clip: Path) -> None:
+    vocab = json.loads((clip / "vocab.json").read_text())
+    vocab["<|endoftext|>"], vocab["<|startoftext|>"] = vocab["<|startoftext|>"], vocab["<|endoftext|>"]
+    for file in clip.glob("tokenizer*"):
+        file.unlink()
+    (clip / "vocab.json").write_text(json.dumps(vocab))
+    with pytest.raises(RewardError, match=r"the tokenizer in .* is not CLIP's"):
+        HPSv2(path=str(clip)).load("cpu")
 
 
 class Evil:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tailorpo.errors import RewardError
 from tailorpo.rewards.clean_text import clean_text, missing_ftfy
 from tailorpo.rewards.clip import ClipScorer, read_tokenizer
 from tailorpo.rewards.preprocess import Preprocess
@@ -109,6 +110,10 @@ class HPSv2:
         config: Any = CLIPConfig(**CONFIG)
         model = build_strictly(CLIPModel, config, state, name=self.name, source=source)
         tokenize = read_tokenizer(folder, longest=config.text_config.max_position_embeddings, name=self.name)
+        if tokenize("")[-1] != config.text_config.eos_token_id:  # the network reads the prompt off this token
+            raise RewardError(
+                f"reward {self.name!r}: the tokenizer in {folder} is not CLIP's: it ends prompts otherwise"
+            )
         return ClipScorer(
             model.to(device),
             Preprocess(size=config.vision_config.image_size, fit="pad", resize="tensor", antialias=self.antialias),
