@@ -154,7 +154,7 @@ def _tokenizer(path: Path, *, size: int, name: str) -> Any:
     from transformers import BertTokenizer
 
     try:
-        words = path.read_text(encoding="utf-8").splitlines()
+        words = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise RewardError(f"reward {name!r}: {path} cannot be read: {error}") from error
     missing = [word for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if word not in words]
