@@ -111,6 +111,10 @@ def test_long_prompts_are_cut_and_empty_ones_scored(reward: ClipScorer) -> None:
             r"a 'blip' model, not a CLIPModel",
         ),
         (lambda folder: [p.unlink() for p in folder.glob("[tv]o*.*")], r"no tokenizer"),
+        (
+            lambda folder: (folder / "tokenizer.json").rename(folder / "vocab.json"),
+            r"no tokenizer \(tokenizer\.json, or vocab\.json and merges\.txt\)",
+        ),
         (lambda folder: (folder / "preprocessor_config.json").unlink(), r"preprocessor_config\.json is missing"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"0" * 64), r"cannot be read: SafetensorError"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"cannot be read: OSError"),

@@ -171,8 +171,10 @@ _STATISTICS = (("image_mean", OPENAI_MEAN), ("image_std", OPENAI_STD))
 
 def read_tokenizer(folder: Path, *, longest: int, name: str) -> Tokenize:
     """The CLIPTokenizer in a folder, cutting prompts at `longest` tokens; RewardError if there is none."""
-    if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
-        raise RewardError(f"reward {name!r}: no tokenizer (tokenizer.json or vocab.json, merges.txt) in {folder}")
+    # Without merges.txt a vocab.json would be read as an alphabet, and every prompt as single letters.
+    whole, parts = folder / "tokenizer.json", (folder / "vocab.json", folder / "merges.txt")
+    if not whole.is_file() and not all(file.is_file() for file in parts):
+        raise RewardError(f"reward {name!r}: no tokenizer (tokenizer.json, or vocab.json and merges.txt) in {folder}")
     from transformers import CLIPTokenizer
 
     try:
