@@ -393,7 +393,7 @@ def show(recipe: Recipe, overrides: Overrides = None) -> None:
 def rewards() -> None:
     """List the rewards.
 
-    With whether gradients pass through them, which TailorPO-G needs, and what they need.
+    With whether gradients pass through them, which TailorPO-G needs, what they need and where to get it.
     """
     from tailorpo.rewards import describe_rewards
 
@@ -402,7 +402,13 @@ def rewards() -> None:
     for reward in describe_rewards():
         cells = (reward.name, words[reward.differentiable], reward.summary, reward.needs, reward.units)
         table.add_row(*map(escape, cells))
-    _console().print(table)
+    console = _console()
+    console.print(table)
+    console.print("Nothing is downloaded for you. To fill the folder (here DIR) that is a reward's `path`:")
+    for reward in describe_rewards():
+        for each in reward.downloads:
+            note = f"  # {reward.name}: {each.size}; licence: {each.licence}"
+            console.print(note, each.command("DIR"), sep="\n  ", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -33,7 +33,7 @@ from tailorpo.models import ModelConfig
 from tailorpo.optimizer import Optimizer
 from tailorpo.pair_dataset import pair_problems
 from tailorpo.prompts import PromptsConfig, load_prompts
-from tailorpo.rewards import EmojiStepPreference, RewardConfig, RewardEntry
+from tailorpo.rewards import EmojiStepPreference, NeedsFiles, RewardConfig, RewardEntry
 from tailorpo.samplers import DDIM
 from tailorpo.settings import Binder, check_fields, did_you_mean, plain
 from tailorpo.yaml_tree import Tree, override, read_yaml
@@ -328,6 +328,8 @@ def _missing(value: Any, name: str) -> list[str]:
         return [f"{name}.pairs: {value.pairs}: {each}" for each in pair_problems(Path(value.pairs).expanduser())]
     if isinstance(value, RewardEntry):
         return _missing(value.reward, name)
+    if isinstance(value, NeedsFiles):
+        return [f"{name}: {value.name}: {each}" for each in value.missing()]
     if isinstance(value, tuple):
         return [problem for item in cast(tuple[Any, ...], value) for problem in _missing(item, name)]
     if not is_dataclass(value) or isinstance(value, type):
@@ -339,9 +341,6 @@ def _missing(value: Any, name: str) -> list[str]:
             bundled = isinstance(value, ModelConfig) and inner == "emoji"
             if not bundled and not Path(inner).expanduser().is_dir():
                 problems.append(f"{name}.path: there is no folder {inner} (looked from {Path.cwd()})")
-        elif item.name == "file" and isinstance(inner, str):
-            if not Path(inner).expanduser().is_file():
-                problems.append(f"{name}.file: there is no file {inner} (looked from {Path.cwd()})")
         else:
             problems += _missing(inner, f"{name}.{item.name}")
     return problems

@@ -105,8 +105,10 @@ def test_show_says_what_the_recipe_for_sd15_lacks() -> None:
     assert "guidance_scale: 5.0" in output
     assert "the settings are sound, but to train this is missing" in output
     assert "model.path: there is no folder models/stable-diffusion-v1-5" in output
-    assert "reward.file: there is no file models/sac+logos+ava1-l14-linearMSE.pth" in output
-    assert "reward.path: there is no folder models/clip-vit-large-patch14" in output
+    assert re.search(
+        r"reward: aesthetic: hf download openai/clip-vit-large-patch14 .* --local-dir models/aesthetic", output
+    )
+    assert re.search(r"reward: aesthetic: curl -L .* -o models/aesthetic/sac\+logos\+ava1-l14-linearMSE\.pth", output)
 
 
 def test_show_takes_a_run_too(finished: Path) -> None:
@@ -118,6 +120,10 @@ def test_rewards_and_models_are_listed() -> None:
     assert re.search(r"jpeg_compressibility +no ", output)
     assert re.search(r"brightness +yes ", output)
     assert "package.module:attribute" in output
+    assert (
+        "# hpsv2: 2.0 GB; licence: Apache-2.0\n  hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir DIR"
+        in output
+    )
     assert re.search(r"sd +emoji +bundled.*\d MB", tailorpo("models").output)
 
 

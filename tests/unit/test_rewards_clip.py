@@ -2,48 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_tokenizer
+from safetensors.torch import load_file, save_file
+from tiny_rewards import MEAN, PROMPTS, STD, pictures, save_head, save_tiny_aesthetic, save_tiny_clip
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from tailorpo.errors import RewardError
-from tailorpo.rewards import Aesthetic, ClipPreference, EmojiJudge, EmojiPreference, Scorer
-from tailorpo.rewards.clip_folder import ClipPreprocess
-from tailorpo.rewards.clip_preference import ClipScorer
-
-MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
-PROMPTS = ("a cat", "red horse", "dog", "a snail")
-
-
-def save_tiny_clip(folder: Path, *, size: int = 32, seed: int = 0) -> Path:
-    """A CLIPModel folder as `clip_preference` reads it; biases and norms random too, so that mistakes show."""
-    tokenizer = tiny_tokenizer(folder / "source")
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = CLIPConfig(
-        text_config={**sizes, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": 16},
-        vision_config={**sizes, "image_size": size, "patch_size": 8},
-        projection_dim=24,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = CLIPModel(config)
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    model.half().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    preprocessing = {"image_mean": MEAN, "image_std": STD, "size": {"shortest_edge": size}}
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
-    return folder
+from tailorpo.rewards import Aesthetic, ClipPreference, ClipScore, EmojiJudge, EmojiPreference, PickScore, Scorer
+from tailorpo.rewards.aesthetic import HEAD
+from tailorpo.rewards.clip import CHUNK, ClipScorer
+from tailorpo.rewards.preprocess import Preprocess
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +30,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reward(folder: Path) -> ClipScorer:
     return ClipPreference(path=str(folder)).load("cpu")
-
-
-def pictures(count: int = 4, size: int = 32, *, seed: int = 0) -> Tensor:
-    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 def oracle(folder: Path, images: Tensor) -> np.ndarray:
@@ -103,7 +75,7 @@ def test_a_model_in_training_mode_is_put_into_eval_mode(folder: Path) -> None:
     config = CLIPConfig.from_pretrained(folder)
     config.vision_config.attention_dropout = 0.5
     model = CLIPModel.from_pretrained(folder, config=config).train()
-    reward = ClipScorer(model, ClipPreprocess(32, "cpu"), tokenize=lambda _: [52, 1, 53], name="tiny")
+    reward = ClipScorer(model, Preprocess(size=32), tokenize=lambda _: [52, 1, 53], name="tiny")
     assert torch.equal(reward(pictures(), PROMPTS), reward(pictures(), PROMPTS))
 
 
@@ -131,7 +103,7 @@ def test_long_prompts_are_cut_and_empty_ones_scored(reward: ClipScorer) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: shutil.rmtree(folder), r"there is no folder .*\n.*hf download yuvalkirstain/PickScore_v1"),
+        (lambda folder: shutil.rmtree(folder), r"there is no folder .*; it has to hold a transformers CLIPModel"),
         (lambda folder: (folder / "config.json").unlink(), r"config\.json is missing in"),
         (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is not valid JSON"),
         (
@@ -139,6 +111,10 @@ def test_long_prompts_are_cut_and_empty_ones_scored(reward: ClipScorer) -> None:
             r"a 'blip' model, not a CLIPModel",
         ),
         (lambda folder: [p.unlink() for p in folder.glob("[tv]o*.*")], r"no tokenizer"),
+        (
+            lambda folder: (folder / "tokenizer.json").rename(folder / "vocab.json"),
+            r"no tokenizer \(tokenizer\.json, or vocab\.json and merges\.txt\)",
+        ),
         (lambda folder: (folder / "preprocessor_config.json").unlink(), r"preprocessor_config\.json is missing"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"0" * 64), r"cannot be read: SafetensorError"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"cannot be read: OSError"),
@@ -170,10 +146,10 @@ def test_features_and_the_threshold_of_good_pictures(folder: Path, reward: ClipS
     copy = Path(shutil.copytree(folder, tmp_path / "clip"))
     for text, expected in (('{"threshold": 1.5, "n": 7}', 1.5), ('{"n": 7}', None)):
         (copy / "quality.json").write_text(text)
-        assert ClipScorer.from_folder(copy, name="x", device="cpu", hint="").good_threshold == expected
+        assert ClipPreference(path=str(copy)).load("cpu").good_threshold == expected
     (copy / "quality.json").write_text('{"threshold": "high"}')
     with pytest.raises(RewardError, match="is no number"):
-        ClipScorer.from_folder(copy, name="x", device="cpu", hint="")
+        ClipPreference(path=str(copy)).load("cpu")
 
 
 @pytest.mark.parametrize("config", [EmojiPreference(), EmojiJudge()], ids=lambda config: config.name)
@@ -194,37 +170,28 @@ def test_bundled_rewards_say_where_they_come_from(monkeypatch: pytest.MonkeyPatc
         EmojiJudge().load("cpu")
 
 
-def save_head(path: Path, widths: tuple[int, ...] = (24, 16, 8, 1), *, seed: int = 3) -> dict[str, Tensor]:
-    """Weights in the names and gaps of the real predictor's file."""
-    generator = torch.Generator().manual_seed(seed)
-    state: dict[str, Tensor] = {}
-    for number, (before, after) in enumerate(pairwise(widths)):
-        state[f"layers.{2 * number}.weight"] = torch.randn(after, before, generator=generator)
-        state[f"layers.{2 * number}.bias"] = torch.randn(after, generator=generator)
-    torch.save(state, path)
-    return state
+@pytest.fixture
+def aesthetic(tmp_path: Path) -> Path:
+    return save_tiny_aesthetic(tmp_path / "aesthetic")
 
 
-def test_the_aesthetic_score_is_one_affine_map_of_the_normalised_embedding(folder: Path, tmp_path: Path) -> None:
-    state = save_head(tmp_path / "head.pth")
-    reward = Aesthetic(path=str(folder), file=str(tmp_path / "head.pth")).load("cpu")
+def test_the_aesthetic_score_is_its_layers_one_after_the_other(folder: Path, aesthetic: Path) -> None:
+    reward = Aesthetic(path=str(aesthetic)).load("cpu")
     images = pictures().requires_grad_()
     scores = Scorer([(reward, 1.0)])(images, PROMPTS)
-    # The same number another way: the whole CLIPModel's embedding, and the layers multiplied together in float64.
+    # The same number another way: the whole CLIPModel's embedding, and the chain of layers that the library multiplies
+    # out.
     pixels = (images.detach().numpy() - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))
     model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         embeddings = model(
             pixel_values=torch.from_numpy(pixels).float(), input_ids=torch.ones(4, 3).long()
         ).image_embeds
-    matrix, shift = np.eye(24), np.zeros(24)
+    state = torch.load(aesthetic / HEAD, weights_only=True)
     for number in (0, 2, 4):
-        weight, bias = (
-            state[f"layers.{number}.weight"].double().numpy(),
-            state[f"layers.{number}.bias"].double().numpy(),
-        )
-        matrix, shift = weight @ matrix, weight @ shift + bias
-    assert np.allclose(scores.detach().numpy(), (embeddings.numpy() @ matrix.T + shift)[:, 0], rtol=1e-4, atol=1e-4)
+        embeddings = F.linear(embeddings, state[f"layers.{number}.weight"], state[f"layers.{number}.bias"])
+    assert np.allclose(scores.detach().numpy(), embeddings[:, 0].numpy(), rtol=1e-4, atol=1e-4)
+    assert scores.std() > 1e-3
     (gradient,) = torch.autograd.grad(scores.sum(), images)
     assert gradient.abs().sum() > 0
 
@@ -232,15 +199,89 @@ def test_the_aesthetic_score_is_one_affine_map_of_the_normalised_embedding(folde
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: None, r"there is no file .*improved-aesthetic-predictor"),
-        (lambda path: path.write_bytes(b"no weights"), r"is not an aesthetic predictor"),
-        (lambda path: torch.save({"weight": torch.ones(2)}, path), r"it holds \['weight'\], expected layers\.N"),
-        (lambda path: torch.save([1, 2], path), r"is not an aesthetic predictor"),
-        (lambda path: save_head(path, (768, 4, 1)), r"expects embeddings of 768 numbers, the model .* gives 24"),
-        (lambda path: save_head(path, (24, 4, 2)), r"that end in 1"),
+        (
+            lambda path: path.unlink(),
+            r"is missing in .*\n  curl -L .*improved-aesthetic-predictor.*3\.7 MB; Apache",
+        ),
+        (lambda path: path.write_bytes(b"no weights"), r"linearMSE\.pth cannot be read"),
+        (lambda path: torch.save({"weight": torch.ones(2)}, path), r"it holds \['weight'\], expected only.*layers\.N"),
+        (lambda path: torch.save([1, 2], path), r"holds no weights"),
+        (lambda path: save_head(path, (768, 4, 1)), r"from the 24 numbers .* its layers are \(4, 768\), \(1, 4\)"),
+        (lambda path: save_head(path, (24, 4, 2)), r"to one score; its layers are \(4, 24\), \(2, 4\)"),
     ],
 )
-def test_an_aesthetic_head_that_cannot_be_used(folder: Path, tmp_path: Path, make, message: str) -> None:
-    make(tmp_path / "head.pth")
+def test_an_aesthetic_head_that_cannot_be_used(aesthetic: Path, make, message: str) -> None:
+    make(aesthetic / HEAD)
     with pytest.raises(RewardError, match=message):
-        Aesthetic(path=str(folder), file=str(tmp_path / "head.pth")).load("cpu")
+        Aesthetic(path=str(aesthetic)).load("cpu")
+
+
+# -- PickScore and CLIPScore ---------------------------------------------------------------------------------------
+
+
+def test_pickscore_reads_the_buffers_of_its_old_checkpoint_and_scores_as_the_model_does(
+    folder: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "pickscore"))
+    state = load_file(copy / "model.safetensors")
+    for tower, length in (("text_model", 16), ("vision_model", 17)):
+        state[f"{tower}.embeddings.position_ids"] = torch.arange(length)[None].flip(1).contiguous()  # not to be used
+    save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
+    images = pictures()
+    scores = PickScore(path=str(copy)).load("cpu")(images, PROMPTS)
+    assert np.allclose(scores.numpy(), oracle(folder, images), rtol=1e-4, atol=1e-5)
+
+
+def test_conventions_of_clip_score(folder: Path, tmp_path: Path) -> None:
+    images, prompts = pictures(), ["a cat", "\uff52\uff45\uff44", "dog", "sn&#97;il"]
+    model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():  # turned against the first prompt's features, so that cosines of both signs come up
+        texts = model.get_text_features(
+            **CLIPTokenizer.from_pretrained(folder)(prompts, padding=True, return_tensors="pt")
+        )
+        away = F.normalize(texts.pooler_output.mean(0), dim=0)
+        weight = model.visual_projection.weight
+        weight -= torch.outer(away, away @ weight)
+    folder = Path(shutil.copytree(folder, tmp_path / "clip"))
+    model.save_pretrained(folder)
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    pixels = torch.from_numpy((images.numpy() - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))).float()
+
+    def cosine(texts: list[str]) -> Tensor:
+        tokens = tokenizer(texts, padding=True, truncation=True, max_length=16, return_tensors="pt")
+        with torch.no_grad():
+            output = model(pixel_values=pixels, **tokens)
+        return F.cosine_similarity(output.image_embeds, output.text_embeds)
+
+    def scored(convention) -> Tensor:
+        return ClipScore(path=str(folder), convention=convention).load("cpu")(images, prompts)
+
+    plain = cosine(prompts)
+    assert plain.min() < 0 < plain.max()  # or else nothing would be clipped
+    assert torch.allclose(scored("cosine"), plain, atol=1e-6)
+    assert torch.allclose(scored("torchmetrics"), 100 * plain.clamp(min=0), atol=1e-4)
+    texts = [f"A photo depicts {text}" for text in ("a cat", "red", "dog", "snail")]
+    assert torch.allclose(scored("paper"), 2.5 * cosine(texts).clamp(min=0), atol=1e-6)
+    assert not torch.allclose(cosine(texts), plain, atol=1e-3)
+
+
+def test_a_batch_of_more_than_one_chunk(folder: Path, aesthetic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, prompts = pictures(CHUNK + 3), ["a cat", "dog", "red"] * 11 + ["", "horse"]
+    for reward in (ClipScore(path=str(folder)).load("cpu"), Aesthetic(path=str(aesthetic)).load("cpu")):
+        together = reward(images, prompts)
+        parts = [reward(images[i : i + 5], prompts[i : i + 5]) for i in range(0, len(images), 5)]
+        assert together.shape == (CHUNK + 3,)
+        assert torch.allclose(together, torch.cat(parts), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_near_and_keeps_the_gradient(folder: Path, dtype) -> None:
+    images = pictures().requires_grad_()
+    exact = PickScore(path=str(folder)).load("cpu")(images, PROMPTS)
+    reward = PickScore(path=str(folder), dtype=dtype).load("cpu")
+    scores = reward(images, PROMPTS)
+    assert scores.dtype == torch.float32
+    assert 0 < (scores - exact).abs().max() < 0.05 * exact.abs().max()
+    (gradient,) = torch.autograd.grad(scores.sum(), images)
+    (expected,) = torch.autograd.grad(exact.sum(), images)
+    assert F.cosine_similarity(gradient.flatten(), expected.flatten(), dim=0) > 0.97

@@ -4,8 +4,9 @@ Each reward is a frozen dataclass that is its section of a run file; `load(devic
 (images (B, 3, H, W) in [0, 1], prompts) -> (B,). Training and evaluation call a Scorer over one or several of them.
 Importing this package imports neither transformers nor any weights.
 
-In these classes `differentiable`, `needs`, `units` and `source` carry no annotation on purpose: a dataclass then takes
-them for facts about the class, not for fields that a run file could set.
+In these classes `differentiable`, `needs`, `units`, `source` and, where there are files to fetch first, `downloads`
+carry no annotation on purpose: a dataclass then takes them for facts about the class, not for fields that a run file
+could set.
 """
 
 from __future__ import annotations
@@ -19,14 +20,19 @@ import torch
 
 from tailorpo.rewards.aesthetic import Aesthetic
 from tailorpo.rewards.clip_preference import ClipPreference, EmojiJudge, EmojiPreference
+from tailorpo.rewards.clip_score import ClipScore
 from tailorpo.rewards.colour import Brightness, Colourfulness
 from tailorpo.rewards.custom import CustomReward
+from tailorpo.rewards.hpsv2 import HPSv2
 from tailorpo.rewards.hpsv3 import HPSv3
+from tailorpo.rewards.image_reward import ImageReward
 from tailorpo.rewards.jpeg import JpegCompressibility, JpegIncompressibility
 from tailorpo.rewards.ocr import OCR
+from tailorpo.rewards.pickscore import PickScore
 from tailorpo.rewards.scorer import Reward, Scorer, StepAware
 from tailorpo.rewards.step_preference import EmojiStepPreference
 from tailorpo.rewards.vision_judge import VisionJudge
+from tailorpo.rewards.weights import Download, NeedsFiles
 
 BuiltinReward = (
     EmojiPreference
@@ -34,6 +40,10 @@ BuiltinReward = (
     | EmojiJudge
     | ClipPreference
     | Aesthetic
+    | ImageReward
+    | HPSv2
+    | PickScore
+    | ClipScore
     | HPSv3
     | OCR
     | VisionJudge
@@ -78,6 +88,8 @@ class RewardInfo:
     needs: str
     units: str
     source: str
+    downloads: tuple[Download, ...] = ()
+    """What has to be fetched before it can be used, with sizes and licences."""
 
 
 def describe_rewards() -> tuple[RewardInfo, ...]:
@@ -88,6 +100,10 @@ def describe_rewards() -> tuple[RewardInfo, ...]:
         EmojiJudge,
         ClipPreference,
         Aesthetic,
+        ImageReward,
+        HPSv2,
+        PickScore,
+        ClipScore,
         HPSv3,
         OCR,
         VisionJudge,
@@ -108,6 +124,7 @@ def describe_rewards() -> tuple[RewardInfo, ...]:
             needs=kind.needs,
             units=kind.units,
             source=kind.source,
+            downloads=getattr(kind, "downloads", ()),
         )
         for name, kind, differentiable in kinds
     )
@@ -119,14 +136,20 @@ __all__ = [
     "Brightness",
     "BuiltinReward",
     "ClipPreference",
+    "ClipScore",
     "Colourfulness",
     "CustomReward",
+    "Download",
     "EmojiJudge",
     "EmojiPreference",
     "EmojiStepPreference",
+    "HPSv2",
     "HPSv3",
+    "ImageReward",
     "JpegCompressibility",
     "JpegIncompressibility",
+    "NeedsFiles",
+    "PickScore",
     "Reward",
     "RewardConfig",
     "RewardEntry",

@@ -2,24 +2,19 @@
 
     score(x, c) = exp(logit_scale) * cos(image_features(x), text_features(c))   (Kirstain et al. 2023, arXiv 2305.01569)
 
-Left out: text cleaning as open_clip does it (PickScore's reference does not), and the B x B matrix of all pictures
-against all prompts.
+Left out: text cleaning as open_clip does it (PickScore's reference does not).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from tailorpo.errors import RewardError
-from tailorpo.rewards.clip_folder import ClipPreprocess, load_clip, read_json
+from tailorpo.rewards.clip import ClipScorer, read_json
 
 _ASSETS = Path(__file__).resolve().parents[1] / "assets"
 QUALITY = "quality.json"
@@ -28,7 +23,7 @@ QUALITY = "quality.json"
 
 @dataclass(frozen=True, kw_only=True)
 class ClipPreference:
-    """A CLIPModel folder of yours as reward: PickScore itself, or one trained on your own preferences.
+    """A CLIPModel folder of yours as reward, for example one trained on your own preferences.
 
     The folder holds config.json, model.safetensors, the tokenizer's files and preprocessor_config.json, as
     `CLIPModel.save_pretrained` and friends write them.
@@ -37,18 +32,14 @@ class ClipPreference:
     name: Literal["clip_preference"] = "clip_preference"
     path: str
     differentiable = True
-    needs = "path: a local CLIPModel folder, for example yuvalkirstain/PickScore_v1 (3.9 GB)"
-    units = "exp(logit_scale) * cosine; PickScore about 17 to 24"
+    needs = "path: a local CLIPModel folder"
+    units = "exp(logit_scale) * cosine"
     source = "Kirstain et al. 2023 (PickScore), arXiv 2305.01569"
 
     def load(self, device: torch.device | str) -> ClipScorer:
         """Read the folder; RewardError if it is missing or incomplete."""
-        return ClipScorer.from_folder(
-            Path(self.path).expanduser(),
-            name=self.name,
-            device=device,
-            hint="download one first, for example\n  hf download yuvalkirstain/PickScore_v1 --local-dir pickscore",
-        )
+        hint = "it has to hold a transformers CLIPModel, as CLIPModel.save_pretrained writes it"
+        return read_preference(Path(self.path).expanduser(), name=self.name, device=device, hint=hint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,81 +76,14 @@ def bundled_clip(name: str, device: torch.device | str) -> tuple[ClipScorer, Pat
     """A bundled CLIPModel and its folder."""
     hint = "it comes with the package, so reinstall tailorpo, or run `make miniature` in a clone to train it again"
     folder = _ASSETS / name
-    return ClipScorer.from_folder(folder, name=name, device=device, hint=hint), folder
+    return read_preference(folder, name=name, device=device, hint=hint), folder
 
 
-class ClipScorer:
-    """A loaded CLIPModel as reward; frozen, in eval mode, float32. No score depends on what else is in the batch."""
-
-    differentiable = True
-
-    def __init__(
-        self,
-        model: Any,
-        preprocess: ClipPreprocess,
-        *,
-        tokenize: Callable[[str], list[int]],
-        name: str,
-        good_threshold: float | None = None,
-    ) -> None:
-        """Take a transformers CLIPModel, its preprocessing, and a function from a prompt to its token ids."""
-        self.name = name
-        self.good_threshold = good_threshold
-        """The score from which evaluation counts a picture as good; None where the folder names none."""
-        self.model = model.float().eval().requires_grad_(False)
-        """The transformers CLIPModel."""
-        self.preprocess = preprocess
-        self._tokenize = tokenize
-        self.scale: Tensor = model.logit_scale.detach().exp()
-        """exp(logit_scale), a scalar."""
-        self._text = lru_cache(maxsize=4096)(self._encode)
-
-    @classmethod
-    def from_folder(cls, folder: Path, *, name: str, device: torch.device | str, hint: str) -> ClipScorer:
-        """Read a CLIPModel folder without any network; `hint` ends the RewardError about a folder that is not there."""
-        model = load_clip(folder, "both", name=name, hint=hint)
-        preprocess = ClipPreprocess.from_folder(folder, model.config.vision_config.image_size, device, name=name)
-        if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
-            raise RewardError(f"reward {name!r}: no tokenizer (tokenizer.json or vocab.json, merges.txt) in {folder}")
-        from transformers import CLIPTokenizer
-
-        try:
-            tokenizer = cast(Any, CLIPTokenizer.from_pretrained(folder, local_files_only=True))
-        except Exception as error:  # a damaged file fails in many ways, inside tokenizers
-            raise RewardError(f"reward {name!r}: the tokenizer in {folder} cannot be read: {error}") from error
-        longest: int = model.config.text_config.max_position_embeddings
-
-        def tokenize(prompt: str) -> list[int]:
-            return cast(list[int], tokenizer(prompt, truncation=True, max_length=longest)["input_ids"])
-
-        quality = read_json(folder / QUALITY, name=name) if (folder / QUALITY).is_file() else {}
-        threshold = quality.get("threshold")
-        if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, int | float)):
-            raise RewardError(f"reward {name!r}: the threshold in {folder / QUALITY} is no number: {threshold!r}")
-        return cls(model.to(device), preprocess, tokenize=tokenize, name=name, good_threshold=threshold)
-
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """(B, 3, H, W) in [0, 1] and B prompts -> (B,) float32, with the graph to the pictures if gradients are on."""
-        return self.scale * (self.embed(images) * self.text(prompts)).sum(-1)
-
-    def embed(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> normalised image features (B, D); evaluation measures diversity in them."""
-        features: Tensor = self.model.get_image_features(pixel_values=self.preprocess(images)).pooler_output
-        return F.normalize(features, dim=-1)
-
-    def text(self, prompts: Sequence[str]) -> Tensor:
-        """B prompts -> normalised text features (B, D), without a graph."""
-        return torch.stack([self._text(prompt) for prompt in prompts])
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.scale.device
-
-    def _encode(self, prompt: str) -> Tensor:
-        """Normalised text features (D,) of one prompt; alone, so that no padding and no neighbour can change them."""
-        with torch.no_grad():
-            tokens = torch.tensor([self._tokenize(prompt)], device=self.device)
-            output = self.model.get_text_features(input_ids=tokens, attention_mask=torch.ones_like(tokens))
-            features: Tensor = output.pooler_output
-            return F.normalize(features[0], dim=-1)
+def read_preference(folder: Path, *, name: str, device: torch.device | str, hint: str) -> ClipScorer:
+    """A CLIPModel folder with what it may say about good pictures; `hint` as in `ClipScorer.from_folder`."""
+    scorer = ClipScorer.from_folder(folder, name=name, device=device, hint=hint)
+    threshold = read_json(folder / QUALITY, name=name).get("threshold") if (folder / QUALITY).is_file() else None
+    if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, int | float)):
+        raise RewardError(f"reward {name!r}: the threshold in {folder / QUALITY} is no number: {threshold!r}")
+    scorer.good_threshold = threshold
+    return scorer

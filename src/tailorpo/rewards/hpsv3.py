@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tailorpo.errors import RewardError
-from tailorpo.rewards.weights import Download, check_downloads, load_strictly, read_weights
+from tailorpo.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, pillow_bicubic
+from tailorpo.rewards.weights import Download, check, load_strictly, missing_downloads, read_weights
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -47,7 +47,6 @@ _PROMPT = Path(__file__).resolve().parents[1] / "assets" / "hpsv3" / "prompt.txt
 """The instruction of hpsv3 1.0.0, byte for byte (MIT, assets/LICENSES/MIT-HPSv3.txt)."""
 _REWARD = "<|Reward|>"
 _PATCH, _MERGE = 14, 2
-_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +74,13 @@ class HPSv3:
         ),
     )
 
+    def missing(self) -> list[str]:
+        """What is not there yet, one line each, with the command that fetches it."""
+        return missing_downloads(Path(self.path).expanduser(), self.downloads)
+
     def load(self, device: torch.device | str) -> HPSv3Scorer:
         """Read the folder; RewardError if something is missing or does not fit."""
-        folder = Path(self.path).expanduser()
-        check_downloads(self.name, folder, self.downloads)
+        folder = check(self)
         from tokenizers import AddedToken, Tokenizer
         from transformers import Qwen2VLConfig
 
@@ -184,13 +186,9 @@ def to_patches(images: Tensor) -> tuple[Tensor, tuple[int, int]]:
 
     Qwen2-VL's order: the four patches that the tower merges stand together, and each patch comes twice, as two frames.
     """
-    pixels = images.float()
-    height, width = resized(*pixels.shape[2:])
-    if (height, width) != tuple(pixels.shape[2:]):
-        # Bicubic overshoots at edges; PIL, which goes along the rows first, clips after each pass, and so do we.
-        for size in ((pixels.shape[2], width), (height, width)):
-            pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-    mean, std = (pixels.new_tensor(each).view(1, 3, 1, 1) for each in (_MEAN, _STD))
+    height, width = resized(*images.shape[2:])
+    pixels = pillow_bicubic(images.float(), (height, width))
+    mean, std = (pixels.new_tensor(each).view(1, 3, 1, 1) for each in (OPENAI_MEAN, OPENAI_STD))
     rows, columns = height // _PATCH, width // _PATCH
     shape = (len(pixels), 3, rows // _MERGE, _MERGE, _PATCH, columns // _MERGE, _MERGE, _PATCH)
     blocks = ((pixels - mean) / std).view(shape).permute(0, 2, 5, 3, 6, 1, 4, 7)

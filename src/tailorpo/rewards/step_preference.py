@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tailorpo.errors import RewardError
-from tailorpo.rewards.clip_preference import ClipScorer, bundled_clip
+from tailorpo.rewards.clip import ClipScorer
+from tailorpo.rewards.clip_preference import bundled_clip
 
 TIME_FILE = "time_condition.safetensors"
 WAVES, HIDDEN = 8, 128
@@ -115,5 +116,6 @@ class StepClipScorer:
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B, 3, H, W) in [0, 1] and B prompts -> (B,) float32, with the graph to the pictures if gradients are on."""
-        features = timed_features(self.clip.model, self.clip.preprocess(images), self._shift.expand(len(images), -1))
+        pixels = self.clip.preprocess(images.to(self.clip.device))
+        features = timed_features(self.clip.model, pixels, self._shift.expand(len(images), -1))
         return self.clip.scale * self._sharpness.exp() * (features * self.clip.text(prompts)).sum(-1)
