@@ -132,18 +132,19 @@ def sibling_gaps(scores: Tensor) -> tuple[Tensor, Tensor]:
         scores: (M, n, B), NaN where a candidate has none.
 
     Returns:
-        Gaps (M, n, n, B), [:, j, i] is of j over i and 0 where either is missing; which of them are there, (n, n, B).
+        Gaps (M, n, n, B), [:, j, i] is of j over i; which of them are there, (n, n, B). Where they are not, for want of
+        a score or because j is i, the gap is a constant 0.
     """
     valid = scores.detach().isfinite().all(0)
-    both = valid.unsqueeze(1) & valid.unsqueeze(0)
+    others = ~torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device).unsqueeze(2)
+    both = valid.unsqueeze(1) & valid.unsqueeze(0) & others
     gaps = scores.unsqueeze(2) - scores.detach().unsqueeze(1)
     return torch.where(both, gaps, torch.zeros_like(gaps)), both
 
 
 def own_scale(gaps: Tensor, both: Tensor) -> Tensor:
     """Root mean square of each member's gaps among a trajectory's own siblings: (M, n, n, B), (n, n, B) -> (M, B)."""
-    pairs = both.sum((0, 1)) - both.any(1).sum(0)  # without each one against itself
-    return (gaps.detach().square().sum((1, 2)) / pairs.clamp(min=1)).sqrt()
+    return (gaps.detach().square().sum((1, 2)) / both.sum((0, 1)).clamp(min=1)).sqrt()
 
 
 class GapScales:

@@ -5,9 +5,10 @@ A picture alone has no value to an ensemble: scales belong to gaps, and votes ar
 
     u_j = (1/n) sum_i G(x_j, x_i)
 
-which for two is +- G / 2, so that their difference is the preference itself; for `mean` it is the normalised score
-counted from the siblings' mean; for `majority` it is Copeland's count with margins. Guidance follows the gradient of
-sum_i G(x_j, x_i) / (n - 1) with the siblings held constant, for `mean` that of the weighted normalised sum.
+with G(x, x) = 0. For two that is +- G / 2, so that their difference is the preference itself; for `mean` it is the
+normalised score counted from the siblings' mean; for `majority` it is Copeland's count with margins. Guidance follows
+the gradient of sum_i G(x_j, x_i) / (n - 1) with the siblings held constant, for `mean` that of the weighted normalised
+sum.
 
 Until a step has a running scale, each trajectory's own siblings give it. Of two siblings every gap is then +1 or -1, so
 the first update already does not depend on any member's unit.
@@ -113,14 +114,14 @@ class EnsembleScorer(Scorer):
         used = scale.where(scale > 0, 1).view(len(rows), 1, 1, -1)  # where it is zero, so are the gaps
         preference = self.ensemble.preference(gaps * weights.sign().view(-1, 1, 1, 1) / used, weights)
 
-        count = both.sum(1)  # of each sibling's valid siblings, itself included
-        summed = preference.sum(1)
-        reward = (summed.detach() / count).where(count > 0, torch.nan)
+        rivals, summed = both.sum(1), preference.sum(1)
+        reward = (summed.detach() / (rivals + 1)).flatten()
+        total = self._sum(rows).detach()
         names = self.names
         return Comparison(
-            reward.flatten(),
-            (summed / (count - 1).clamp(min=1)).flatten(),
-            self._sum(rows).detach(),
+            reward.where(total.isfinite(), torch.nan),
+            (summed / rivals.clamp(min=1)).flatten(),
+            total,
             {name: row.detach() for name, row in zip(names, rows, strict=True)},
             {name: math.copysign(1, weight) for name, (_, weight) in zip(names, self.members, strict=True)},
             {name: each.repeat(siblings) for name, each in zip(names, scale, strict=True)},
