@@ -69,9 +69,7 @@ def _reward_charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart | None]:
     ]
     if members:
         tones = ("accent", "good", "bad", "muted")
-        agreement = [
-            Series(f"agreement:{name}", name, tones[index % len(tones)]) for index, name in enumerate(members)
-        ]
+        agreement = [Series(f"agreement:{name}", name, tones[index % len(tones)]) for index, name in enumerate(members)]
         charts.append(
             line_chart(
                 rows,
