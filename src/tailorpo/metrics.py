@@ -6,6 +6,7 @@ steps, in nats.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from tailorpo.algorithms.base import Sample
 
 _BY_STEP = {"reward": "reward_mean", "gap": "gap", "kl": "kl", "accuracy": "accuracy"}
 """Names in `by_step`, and the figures they are means of."""
+_MEMBERS_BY_STEP = ("gap:", "agreement:", "scale:", "abstained")
+"""What of an ensemble's figures is there under their own names."""
 
 
 class UpdateMetrics:
@@ -22,16 +25,16 @@ class UpdateMetrics:
 
     def __init__(self) -> None:
         self._rows: dict[int | None, list[dict[str, Tensor]]] = {}
-        self._final: list[Tensor] = []
+        self._final: list[Mapping[str, Tensor]] = []
 
     def add(self, sample: Sample) -> None:
         """Take note of one batch."""
         figures = {name: value.detach().cpu() for name, value in sample.figures().items()}
         self._rows.setdefault(sample.k, []).append(figures)
 
-    def add_final(self, reward: Tensor) -> None:
-        """Take note of the rewards of finished pictures, (B,)."""
-        self._final.append(reward.detach().cpu())
+    def add_final(self, rewards: Mapping[str, Tensor]) -> None:
+        """Take note of the rewards of finished pictures, (B,) each, by the names they are logged under."""
+        self._final.append({name: reward.detach().cpu() for name, reward in rewards.items()})
 
     def summary(self, *, times: Tensor) -> dict[str, Any]:
         """The figures of the update; null where no row had its rewards.
@@ -47,8 +50,9 @@ class UpdateMetrics:
         present = every.pop("present")
         ties = every.pop("tie", None)
         result: dict[str, Any] = {name: _mean(values, present) for name, values in every.items()}
-        finals = torch.cat(self._final)
-        result["reward_final"] = _mean(finals, finals.isfinite())
+        for name in self._final[0]:
+            finals = torch.cat([rewards[name] for rewards in self._final])
+            result[name] = _mean(finals, finals.isfinite())
         if "kl" in every:
             step_kls = [_mean(values["kl"], torch.ones_like(values["present"])) for values in by_step.values()]
             result["kl"] = sum(value for value in step_kls if value is not None)
@@ -62,6 +66,11 @@ class UpdateMetrics:
                 "time": int(times[k]),
                 "pairs": len(values["present"]),
                 **{name: _mean(values[key], values["present"]) for name, key in _BY_STEP.items() if key in values},
+                **{
+                    name: _mean(each, values["present"])
+                    for name, each in values.items()
+                    if name.startswith(_MEMBERS_BY_STEP)
+                },
             }
             for k, values in sorted((k, values) for k, values in by_step.items() if k is not None)
         ]

@@ -65,6 +65,8 @@ def draw_pairs(run: Run, prompts: Sequence[str], *, count: int, out: Path, repor
     """
     if (out / PAIRS).exists():
         raise UserError(f"{out / PAIRS} exists; choose another folder for --out")
+    if run.ensemble is not None:
+        raise UserError("an ensemble has no gaps of earlier updates to go by here; set ensemble=null")
     reporter.phase("loading the model and the reward")
     device = pick_device()
     policy = Policy(replace(run.model, lora=None).load(device, seed=run.seed), run.sampler)

@@ -11,8 +11,8 @@ second is evaluated anew, because a score carries no graph. Latents after the la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import torch
@@ -34,6 +34,7 @@ class Trajectories:
         keys: the noise stream of each trajectory; nothing else decides what it draws.
         latents: the current x_k, (B, C, h, w) float32.
         reward: of the finished pictures, (B,), where a method has scored them; NaN where it finished none.
+        members: the same of each member of an ensemble, by name.
     """
 
     prompts: Sequence[str]
@@ -41,6 +42,7 @@ class Trajectories:
     keys: Sequence[tuple[Key, ...]]
     latents: Tensor
     reward: Tensor | None = None
+    members: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -204,6 +206,7 @@ def rollout_branches(
                 prompts=[*prompts] * candidates,
                 score=score,
                 gradient=gradient,
+                siblings=candidates,
             )
             decision = decide(Branch(k, x, step, noises, scored))
             trajectories.latents, step = decision.next_latents, decision.next_step

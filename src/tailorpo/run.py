@@ -29,11 +29,12 @@ from tailorpo.algorithms.reward_backprop import RewardBackprop
 from tailorpo.algorithms.spo import SPO
 from tailorpo.algorithms.tailorpo import TailorPO
 from tailorpo.errors import RunFileError, UserError
+from tailorpo.guidance import TargetGuidance
 from tailorpo.models import ModelConfig
 from tailorpo.optimizer import Optimizer
 from tailorpo.pair_dataset import pair_problems
 from tailorpo.prompts import PromptsConfig, load_prompts
-from tailorpo.rewards import EmojiStepPreference, NeedsFiles, RewardConfig, RewardEntry
+from tailorpo.rewards import EmojiStepPreference, Ensemble, NeedsFiles, RewardConfig, RewardEntry
 from tailorpo.samplers import DDIM
 from tailorpo.settings import Binder, check_fields, did_you_mean, plain
 from tailorpo.yaml_tree import Tree, override, read_yaml
@@ -112,6 +113,7 @@ class Run:
         updates: steps of the training loop.
         checkpoint_every: updates between checkpoints; the last update always makes one.
         reward: one reward or several, whose weighted sum is what the model is aligned with.
+        ensemble: how several rewards are combined where siblings are ranked; null for the weighted sum.
         on_invalid_reward: what a reward of NaN or infinity does: "stop", or "skip" the pair and count it.
         trackers: where metrics also go, names of `TRACKERS`; needs their packages.
 
@@ -126,6 +128,7 @@ class Run:
     sampler: DDIM = field(default_factory=DDIM)
     algorithm: Method = field(default_factory=TailorPO)
     reward: tuple[RewardEntry, ...]
+    ensemble: Ensemble | None = None
     on_invalid_reward: Literal["stop", "skip"] = "stop"
     prompts: PromptsConfig
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -300,6 +303,9 @@ def _impossible(values: Mapping[str, Any]) -> list[str]:
                     else "no reward is told the time: take emoji_step_preference, or say predicted"
                 )
             )
+    ensemble: Ensemble | None = values.get("ensemble")
+    if ensemble is not None and rewards and algorithm is not None:
+        problems += _ensemble_problems(ensemble, rewards, algorithm)
     batch: Batch | None = values.get("batch")
     if batch is not None and batch.micro > batch.trajectories:
         problems.append(f"batch.micro is {batch.micro}, more than the {batch.trajectories} of batch.trajectories")
@@ -309,6 +315,43 @@ def _impossible(values: Mapping[str, Any]) -> list[str]:
             problems.append(f"trackers: there is no `{name}`{known}")
         elif find_spec(TRACKERS[name]) is None:
             problems.append(f"trackers: {name} is not installed; `pip install {TRACKERS[name]}` or leave it out")
+    return problems
+
+
+def _ensemble_problems(ensemble: Ensemble, rewards: Sequence[RewardEntry], algorithm: Algorithm) -> list[str]:
+    problems: list[str] = []
+    if len(rewards) < 2:
+        problems.append("ensemble: there is one reward and nothing to combine; list several under reward, or drop it")
+    if not all(entry.weight for entry in rewards):
+        problems.append("ensemble: a reward of weight 0 has no say; leave it out of the list")
+    if isinstance(algorithm, TailorPO):
+        guidance = algorithm.guidance
+        if guidance is not None and not ensemble.differentiable:
+            problems.append(
+                f"ensemble.rule is {ensemble.rule}, a count of votes, whose gradient is zero, and algorithm.guidance"
+                " needs one; take another rule (soft_vote has a gradient) or guidance: null"
+            )
+        if guidance is not None and guidance.accept_reject:
+            problems.append(
+                "algorithm.guidance.accept_reject asks whether one picture's reward has risen, and an ensemble knows"
+                " only which of two siblings is better; leave accept_reject or ensemble out"
+            )
+        if isinstance(guidance, TargetGuidance) and guidance.target is not None:
+            problems.append(
+                "algorithm.guidance.target is a reward to reach, and under an ensemble a picture alone has none;"
+                " use delta, or form sigma"
+            )
+    elif isinstance(algorithm, SPO):
+        if ensemble.rule == "pareto" and algorithm.candidates > 2:
+            problems.append(
+                "ensemble.rule is pareto, but the best and the worst of several candidates need not dominate one"
+                " another; use algorithm.candidates 2 or another rule"
+            )
+    elif not isinstance(algorithm, D3PO):
+        problems.append(
+            f"ensemble compares siblings, and {algorithm.name} has none to compare: leave ensemble out (rewards are"
+            " then added up by weight), or use tailorpo, spo or d3po"
+        )
     return problems
 
 

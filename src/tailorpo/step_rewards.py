@@ -6,7 +6,8 @@ The network evaluation behind x0hat is the one that the next denoising step need
 latent after the last step is decoded as it is.
 
 A score with a method `at` is told the network's time at which x0hat was predicted, so that a reward that was trained
-on predictions (SPO's step-aware preference model) can make use of it. Finished pictures are scored without.
+on predictions (SPO's step-aware preference model) can make use of it. Finished pictures are scored without. An ensemble
+of rewards is also told which latents are siblings, because it values pictures by comparison (`rewards/ensemble.py`).
 
 Left out here: lookahead and several continuations, which cost more evaluations and are no better for ranking siblings
 in the measurements so far; the Jensen gap between the two sides is ignored, as in the paper.
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from tailorpo.models import Conditioning
 from tailorpo.policy import Policy, PolicyStep
+from tailorpo.rewards.ensemble_scorer import Comparison, EnsembleScorer
 
 Score = Callable[[Tensor, Sequence[str]], Tensor]
 GradientPath = Literal["none", "full", "free"]
@@ -49,6 +51,7 @@ class Scored:
         pictures: the predicted clean pictures, (B, 3, H, W).
         reward: (B,), NaN where the reward was invalid.
         gradient: d reward / d latents, (B, C, h, w), if it was asked for.
+        comparison: how the reward came about.
     """
 
     latents: Tensor
@@ -56,6 +59,24 @@ class Scored:
     pictures: Tensor
     reward: Tensor
     gradient: Tensor | None
+    comparison: Comparison
+
+
+def compare(score: Score, pictures: Tensor, prompts: Sequence[str], *, siblings: int, time: int | None) -> Comparison:
+    """Score pictures (n B, 3, H, W), sibling by sibling.
+
+    Args:
+        score: the reward.
+        pictures: predicted at the network's `time`, or finished where that is None.
+        prompts: of the same rows.
+        siblings: n.
+        time: told to a score that wants it.
+    """
+    if isinstance(score, EnsembleScorer):
+        return score.compare(pictures, prompts, siblings=siblings, time=time)
+    if isinstance(score, StepAwareScore) and time is not None:
+        score = score.at(time)
+    return Comparison.single(score(pictures, prompts))
 
 
 def score_latents(
@@ -67,6 +88,7 @@ def score_latents(
     prompts: Sequence[str],
     score: Score,
     gradient: GradientPath = "none",
+    siblings: int = 1,
 ) -> Scored:
     """Score x_k = latents, with one network evaluation each (none where k is the end).
 
@@ -80,6 +102,7 @@ def score_latents(
         gradient: "full" through reward, decoder and network; "free" without the network's Jacobian, d x0hat / d x
             taken as 1 / alpha, which costs no backward through the network and keeps directions that the true Jacobian
             filters.
+        siblings: how many candidates each trajectory has among the latents.
     """
     at_end = k == policy.schedule.steps
     leaf = latents.detach().requires_grad_(gradient != "none")
@@ -90,13 +113,13 @@ def score_latents(
         leaf = clean = clean.detach().requires_grad_()
     with torch.set_grad_enabled(gradient != "none"):
         pictures = policy.model.decode(clean)
-        if isinstance(score, StepAwareScore) and not at_end:
-            score = score.at(int(policy.schedule.time[k]))
-        reward = score(pictures, prompts)
+        time = None if at_end else int(policy.schedule.time[k])
+        compared = compare(score, pictures, prompts, siblings=siblings, time=time)
     direction = None
     if gradient != "none":
         # Rows do not interact, so one backward of the sum gives every row's own gradient.
-        (direction,) = torch.autograd.grad(reward.sum(), leaf)
+        (direction,) = torch.autograd.grad(compared.objective.sum(), leaf)
         if gradient == "free" and not at_end:
             direction = direction / float(policy.schedule.alpha[k])
-    return Scored(latents.detach(), step.detach() if step else None, pictures.detach(), reward.detach(), direction)
+    known = step.detach() if step else None
+    return Scored(latents.detach(), known, pictures.detach(), compared.reward, direction, compared)

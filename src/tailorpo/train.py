@@ -34,7 +34,7 @@ from tailorpo.optimizer import Learner
 from tailorpo.pair_gallery import PairGallery, gallery_updates
 from tailorpo.policy import Policy
 from tailorpo.prompts import load_prompts, prompt_order
-from tailorpo.rewards import Scorer, load_scorer
+from tailorpo.rewards import EnsembleScorer, Scorer, load_scorer
 from tailorpo.rollout import Trajectories, start_trajectories
 from tailorpo.run import Run
 from tailorpo.rundir import RunDirectory
@@ -75,7 +75,7 @@ def train(run: Run, directory: RunDirectory, *, reporter: Reporter) -> Diffusion
     reporter.phase("loading the model and the reward")
     device = pick_device()
     policy = Policy(run.model.load(device, seed=run.seed), run.sampler)
-    score = load_scorer(run.reward, device, on_invalid=run.on_invalid_reward)
+    score = load_scorer(run.reward, device, on_invalid=run.on_invalid_reward, ensemble=run.ensemble)
     if isinstance(run.algorithm, DiffusionDPO):
         reporter.phase("encoding the pairs")
         run.algorithm.load(policy.model, on_picture=reporter.step)
@@ -117,6 +117,7 @@ class Session:
         self.memory: dict[str, list[float]] = {}
         self.prompts = load_prompts(run.prompts)
         self._galleries = gallery_updates(run.updates)
+        self.scales = score.scales if isinstance(score, EnsembleScorer) else None
 
     def update(self, update: int) -> dict[str, Any]:
         """Collect the samples of one batch of trajectories, train on them, and return what there is to log."""
@@ -161,6 +162,8 @@ class Session:
     def trajectories(self, update: int) -> Iterator[tuple[int, Trajectories]]:
         """The trajectories of an update in batches of `batch.micro`, each with its first trajectory's place in the
         update."""
+        if self.scales is not None:
+            self.scales.settle()  # what the updates before have gathered; they stand still within this one
         total, micro = self.run.batch.trajectories, self.run.batch.micro
         for first in range(0, total, micro):
             numbers = [update * total + place for place in range(first, min(first + micro, total))]
@@ -169,11 +172,17 @@ class Session:
             yield first, start_trajectories(self.policy, prompts, noise=self.noise, keys=keys)
 
     @torch.no_grad()
-    def final_reward(self, trajectories: Trajectories) -> Tensor:
-        """The reward of the finished pictures, (B,): the method's own if it has scored them."""
-        if trajectories.reward is not None:
-            return trajectories.reward
-        return self.score(self.policy.model.decode(trajectories.latents), trajectories.prompts)
+    def final_reward(self, trajectories: Trajectories) -> dict[str, Tensor]:
+        """The reward of the finished pictures, (B,), the method's own if it has scored them, and that of each member of
+        an ensemble, by the names they are logged under."""
+        reward, members = trajectories.reward, trajectories.members
+        if reward is None:
+            pictures = self.policy.model.decode(trajectories.latents)
+            if self.scales is None:
+                reward = self.score(pictures, trajectories.prompts)
+            else:
+                reward, members = self.score.total_and_each(pictures, trajectories.prompts)
+        return {"reward_final": reward, **{f"reward_final:{name}": each for name, each in members.items()}}
 
     def minibatches(self, stored: Sequence[Stored], update: int) -> Iterator[list[Stored]]:
         """The buffer in shuffled minibatches of rows of one step each, once per inner epoch, in groups that make one
@@ -193,12 +202,15 @@ class Session:
 
     def save(self, update: int) -> None:
         """Write a checkpoint after `update` updates, and the LoRA in diffusers' format."""
-        state = {
+        state: dict[str, Any] = {
             "steps": self.learner.steps,
             "evaluations": self.policy.evaluations,
             "reward_queries": self.score.queries,
             "memory": self.memory,
         }
+        if self.scales is not None:
+            self.scales.settle()
+            state["gap_scales"] = self.scales.running
         save_checkpoint(self.directory.path / "checkpoints", update=update, tensors=self.learner.tensors(), state=state)
         export_lora(self.policy.model, self.directory.path / "lora", self.run, updates=update)
 
@@ -211,6 +223,8 @@ class Session:
         self.policy.evaluations = int(checkpoint.state["evaluations"])
         self.score.queries = int(checkpoint.state["reward_queries"])
         self.memory = dict(checkpoint.state["memory"])
+        if self.scales is not None:
+            self.scales.running = dict(checkpoint.state["gap_scales"])
         # A kill between a checkpoint and its LoRA file leaves the file of the checkpoint before.
         export_lora(self.policy.model, self.directory.path / "lora", self.run, updates=checkpoint.update)
         return checkpoint.update

@@ -35,9 +35,10 @@ from tailorpo.models import Conditioning
 from tailorpo.noise import Noise
 from tailorpo.objectives import clamp_log_ratio, dpo
 from tailorpo.policy import Policy, PolicyStep
+from tailorpo.rewards.ensemble_scorer import Comparison
 from tailorpo.rollout import Trajectories, walk_chains
 from tailorpo.samplers import DDIM
-from tailorpo.step_rewards import Score
+from tailorpo.step_rewards import Score, compare
 
 Reduction = Literal["mean", "sum"]
 
@@ -48,7 +49,7 @@ class ChainPair:
 
     Latents, next latents and the reference's means are (B, 2, C, h, w); rewards, log-ratios (nats of the sum) and KL
     at collection are (B, 2). `step` holds the graph of the rollout, rows winner 0..B-1 then loser 0..B-1, or nothing.
-    `pictures` are the finished ones, at the last trained step only.
+    `pictures` are the finished ones, at the last trained step only; `members` what the members of an ensemble said.
     """
 
     k: int
@@ -62,6 +63,7 @@ class ChainPair:
     kl: Tensor
     step: PolicyStep | None
     pictures: Tensor | None
+    members: dict[str, Tensor]
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -88,6 +90,7 @@ class ChainPair:
             "log_ratio_loser": loser,
             "kl": self.kl.mean(dim=1),
             "accuracy": (torch.sign(winner - loser) + 1) / 2,
+            **self.members,
             "present": self.present,
             "tie": self.tie,
         }
@@ -116,6 +119,7 @@ class ChainPair:
             reward=self.reward[index],
             log_ratio=self.log_ratio[index],
             kl=self.kl[index],
+            members={name: each[index] for name, each in self.members.items()},
         )
 
 
@@ -203,29 +207,30 @@ class D3PO:
         del walked
         with torch.no_grad():
             pictures = policy.model.decode(both.latents)
-            reward = score(pictures, both.prompts)
-        trajectories.reward = reward
-        rows = torch.arange(batch, device=reward.device)
+            finished = compare(score, pictures, both.prompts, siblings=2, time=None)
+        trajectories.reward, trajectories.members = finished.total, finished.members
+        rows = torch.arange(batch, device=pictures.device)
 
         def ordered(label: Tensor) -> Tensor:
             order = label.view(2, batch).nan_to_num(nan=-torch.inf)
             winner = (order[1] > order[0]).long()
             return torch.cat([winner * batch + rows, (1 - winner) * batch + rows])
 
-        def label(k: int) -> Tensor:
-            """The rewards that rank step k; the walk's next evaluation has predicted the clean latents of x_{k+1}."""
+        def label(k: int) -> Comparison:
+            """What ranks step k; the walk's next evaluation has predicted the clean latents of x_{k+1}."""
             if self.ranking == "trajectory" or k + 1 == policy.schedule.steps:
-                return reward
+                return finished
             with torch.no_grad():
-                return score(policy.model.decode(clean[k + 1]), both.prompts)
+                time = int(policy.schedule.time[k + 1])
+                return compare(score, policy.model.decode(clean[k + 1]), both.prompts, siblings=2, time=time)
 
         def paired(x: Tensor) -> Tensor:
             return x[sides].view(2, batch, *x.shape[1:]).transpose(0, 1)
 
         while chain:
             at = chain.pop(0)
-            rewards = label(at.k)
-            sides = ordered(rewards)
+            compared = label(at.k)
+            sides = ordered(compared.reward)
             reference = policy.reference_step(at.latents, at.k, both.cond)
             gaussian = at.step.detach().gaussian
             yield ChainPair(
@@ -235,11 +240,12 @@ class D3PO:
                 latents=paired(at.latents),
                 next_latents=paired(at.next_latents),
                 reference_mean=paired(reference.mean),
-                reward=paired(rewards),
+                reward=paired(compared.reward),
                 log_ratio=paired(gaussian.log_ratio(at.next_latents, reference)),
                 kl=paired(gaussian.kl(reference)),
                 step=at.step.rows(sides) if inline else None,
                 pictures=None if chain else paired(pictures),
+                members=compared.figures(*sides.view(2, batch)),
             )
             del at
 

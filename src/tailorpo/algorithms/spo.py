@@ -197,7 +197,8 @@ class SPO:
         draws = [noise.integer(count, *key, "step", branch.k, "continue") for key in trajectories.keys]
         chosen = torch.tensor(draws, device=rows.device) * batch + rows
         if scored.step is None:
-            trajectories.reward = scored.reward[chosen]
+            trajectories.reward = scored.comparison.total[chosen]
+            trajectories.members = {name: each[chosen] for name, each in scored.comparison.members.items()}
         return CandidatePair(
             k=branch.k,
             prompts=trajectories.prompts,
@@ -220,6 +221,7 @@ class SPO:
                 "kept": (margin > self.threshold).float(),
                 "softmax_gap": margin,
                 "clamped": (self._clamp(reduced) != reduced).float().mean(dim=0),
+                **scored.comparison.figures(best, worst),
             },
             pictures_winner=scored.pictures[best],
             pictures_loser=scored.pictures[worst],

@@ -259,7 +259,8 @@ class TailorPO:
             log_ratio_winner=gaussian.log_ratio(gaussian.sample(noise_winner), reference),
             log_ratio_loser=gaussian.log_ratio(gaussian.sample(noise_loser), reference),
             push=push,
-            extra={} if self.guidance is None else {"guidance_size": push, "guidance_accepted": moved.accepted.float()},
+            extra=branch.scored.comparison.figures(first, second)
+            | ({} if self.guidance is None else {"guidance_size": push, "guidance_accepted": moved.accepted.float()}),
             pictures_winner=branch.scored.pictures[first],
             pictures_loser=branch.scored.pictures[second],
             step=branch.step if self.update == "inline" else None,

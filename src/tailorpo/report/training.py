@@ -14,16 +14,7 @@ def training_charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
         return []
     log2 = (0.693147, "log 2: nothing learnt")
     charts = [
-        line_chart(
-            rows,
-            [
-                Series("reward_final", "finished pictures", "accent"),
-                Series("reward_winner", "winners", "good"),
-                Series("reward_loser", "losers", "bad"),
-            ],
-            title="Reward",
-            note="of the candidates' predicted clean pictures, and of the pictures at the end of the trajectories",
-        ),
+        *_reward_charts(rows),
         line_chart(rows, [Series("gap", "gap")], title="Reward gap", note="winner minus loser, mean of the pairs"),
         line_chart(
             rows,
@@ -58,6 +49,37 @@ def training_charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
         line_chart(rows, [Series("seconds", "seconds")], title="Seconds per update"),
     ]
     return [chart for chart in charts if chart]
+
+
+def _reward_charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart | None]:
+    """The reward, or each member of an ensemble, whose own winners' and losers' rewards have no common unit."""
+    members = [key.removeprefix("reward_final:") for key in rows[0] if key.startswith("reward_final:")]
+    charts = [
+        line_chart(
+            rows,
+            [
+                Series(f"reward_final{suffix}", "finished pictures", "accent"),
+                Series(f"reward_winner{suffix}", "winners", "good"),
+                Series(f"reward_loser{suffix}", "losers", "bad"),
+            ],
+            title=f"Reward{suffix}".replace(":", ": "),
+            note="of the candidates' predicted clean pictures, and of the pictures at the end of the trajectories",
+        )
+        for suffix in ([f":{name}" for name in members] or [""])
+    ]
+    if members:
+        tones = ("accent", "good", "bad", "muted")
+        agreement = [Series(f"agreement:{name}", name, tones[index % len(tones)]) for index, name in enumerate(members)]
+        charts.append(
+            line_chart(
+                rows,
+                [*agreement, Series("abstained", "the ensemble abstains", "muted")],
+                title="Agreement with the ensemble",
+                note="share of pairs that a member orders as the ensemble does, an abstention counting half",
+                rule=(0.5, "chance"),
+            )
+        )
+    return charts
 
 
 def history_charts(evaluation: Mapping[str, Any]) -> list[Chart]:

@@ -23,6 +23,8 @@ from tailorpo.rewards.clip_preference import ClipPreference, EmojiJudge, EmojiPr
 from tailorpo.rewards.clip_score import ClipScore
 from tailorpo.rewards.colour import Brightness, Colourfulness
 from tailorpo.rewards.custom import CustomReward
+from tailorpo.rewards.ensemble import Ensemble
+from tailorpo.rewards.ensemble_scorer import EnsembleScorer
 from tailorpo.rewards.hpsv2 import HPSv2
 from tailorpo.rewards.hpsv3 import HPSv3
 from tailorpo.rewards.image_reward import ImageReward
@@ -70,10 +72,16 @@ class RewardEntry:
 
 
 def load_scorer(
-    entries: Sequence[RewardEntry], device: torch.device | str, *, on_invalid: Literal["stop", "skip"] = "stop"
+    entries: Sequence[RewardEntry],
+    device: torch.device | str,
+    *,
+    on_invalid: Literal["stop", "skip"] = "stop",
+    ensemble: Ensemble | None = None,
 ) -> Scorer:
     """Load every entry's reward on the device and put them into one Scorer."""
     members: list[tuple[Reward, float]] = [(entry.reward.load(device), entry.weight) for entry in entries]
+    if ensemble is not None:
+        return EnsembleScorer(members, ensemble, on_invalid=on_invalid)
     return Scorer(members, on_invalid=on_invalid)
 
 

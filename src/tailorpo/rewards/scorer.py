@@ -4,8 +4,8 @@ A reward maps pictures (B, 3, H, W) in [0, 1] and their prompts to (B,) numbers,
 several up, counts, and stands between the library and code it does not control: whatever a reward does wrong ends here,
 as one RewardError that names the reward, says what it was given and what came back, and how to go on.
 
-Left out: normalising rewards by running statistics (a pair compares two pictures under the same prompt, so a shift
-cancels and a scale belongs in `weight` or `tau`), and retrying a reward that failed.
+Left out: normalising the scores (a pair compares two pictures under the same prompt, so a shift cancels; scales belong
+to gaps, which `ensemble` knows), and retrying a reward that failed.
 """
 
 from __future__ import annotations
@@ -95,22 +95,34 @@ class Scorer:
         return score
 
     def _total(self, images: Tensor, prompts: Sequence[str], time: int | None) -> Tensor:
-        scores = self._scores(images, prompts, time)
+        return self._sum(self._scores(images, prompts, time))
+
+    def _sum(self, scores: Sequence[Tensor]) -> Tensor:
         total = scores[0] * self.members[0][1]
         for score, (_, weight) in zip(scores[1:], self.members[1:], strict=True):
             total = total + score * weight
         return total
 
-    def each(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Score as `__call__` does, but return every member's own unweighted (B,) by name ("name", "name#2", ...)."""
-        named: dict[str, Tensor] = {}
-        for (reward, _), score in zip(self.members, self._scores(images, prompts, None), strict=True):
+    def total_and_each(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `__call__` and `each` return, from one scoring."""
+        scores = self._scores(images, prompts, None)
+        return self._sum(scores), dict(zip(self.names, scores, strict=True))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The members', each once: "name", "name#2", ..."""
+        names: list[str] = []
+        for reward, _ in self.members:
             label, number = reward.name, 1
-            while label in named:
+            while label in names:
                 number += 1
                 label = f"{reward.name}#{number}"
-            named[label] = score
-        return named
+            names.append(label)
+        return tuple(names)
+
+    def each(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Score as `__call__` does, but return every member's own unweighted (B,) by its name in `names`."""
+        return self.total_and_each(images, prompts)[1]
 
     def _scores(self, images: Tensor, prompts: Sequence[str], time: int | None) -> list[Tensor]:
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
