@@ -6,7 +6,8 @@ steps, in nats.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -32,6 +33,16 @@ class UpdateMetrics:
     def add_final(self, reward: Tensor) -> None:
         """Take note of the rewards of finished pictures, (B,)."""
         self._final.append(reward.detach().cpu())
+
+    @classmethod
+    def joined(cls, parts: Iterable[Self]) -> Self:
+        """What several processes have gathered, as if one had, the first part first."""
+        whole = cls()
+        for part in parts:
+            for k, rows in part._rows.items():
+                whole._rows.setdefault(k, []).extend(rows)
+            whole._final += part._final
+        return whole
 
     def summary(self, *, times: Tensor) -> dict[str, Any]:
         """The figures of the update; null where no row had its rewards.
