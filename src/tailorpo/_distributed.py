@@ -34,6 +34,9 @@ DEVICE, TIMEOUT = "TAILORPO_DEVICE", "TAILORPO_TIMEOUT"
 DEFAULT_TIMEOUT = 600
 """Seconds that a process waits for the others before it gives up; the environment variable changes it."""
 
+BUFFER = 1 << 26
+"""Most numbers that are added up at once: 256 MB, so that a whole network's gradients need little room on top."""
+
 S = TypeVar("S", bound=Sequence[Any])
 T = TypeVar("T")
 
@@ -93,26 +96,24 @@ class Processes:
     def reduce_gradients(self, parameters: Sequence[nn.Parameter], loss: float) -> float:
         """Replace every gradient by its sum over the processes, and return that of the loss.
 
-        One float32 buffer makes the way: the gradients, the loss, and for each parameter how many processes have a
-        gradient of it; where none has, it stays None and the optimizer leaves the parameter alone.
+        Float32 buffers make the way, an adapter's gradients in one. Ahead of them go the loss and how many processes
+        have a gradient of each parameter; where none has, it stays None and the optimizer leaves the parameter alone.
 
         Raises:
             ProcessError: another process is gone.
         """
         if self.count == 1:
             return loss
-        from accelerate.utils import reduce  # pyright: ignore[reportUnknownVariableType]
-
         device = parameters[0].device
         present = torch.tensor([loss, *(float(p.grad is not None) for p in parameters)], device=device)
-        flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in parameters]
-        with _connection():
-            total = cast(Tensor, reduce(torch.cat([present, *flat]), reduction="sum"))
-        sizes = [len(present), *(p.numel() for p in parameters)]
-        present, *sums = cast(tuple[Tensor, ...], total.split(sizes))
-        for parameter, holders, gradient in zip(parameters, present[1:].tolist(), sums, strict=True):
-            parameter.grad = gradient.view_as(parameter).to(parameter.dtype) if holders else None
-        return float(present[0])
+        total, *holders = cast(list[float], _sum(present).tolist())
+        held = [parameter for parameter, count in zip(parameters, holders, strict=True) if count]
+        for group in _groups(held):
+            flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in group]
+            sums = cast(tuple[Tensor, ...], _sum(torch.cat(flat)).split([p.numel() for p in group]))
+            for parameter, gradient in zip(group, sums, strict=True):
+                parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
+        return total
 
     @contextmanager
     def together(self) -> Generator[None]:
@@ -218,6 +219,25 @@ def _best() -> str:
 
 def _flag(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("1", "true", "yes")
+
+
+def _sum(value: Tensor) -> Tensor:
+    from accelerate.utils import reduce  # pyright: ignore[reportUnknownVariableType]
+
+    with _connection():
+        return cast(Tensor, reduce(value, reduction="sum"))
+
+
+def _groups(parameters: Sequence[nn.Parameter]) -> Generator[list[nn.Parameter]]:
+    """Parameters in order, as many at a time as fit into one buffer, and at least one."""
+    group: list[nn.Parameter] = []
+    for parameter in parameters:
+        if group and sum(p.numel() for p in group) + parameter.numel() > BUFFER:
+            yield group
+            group = []
+        group.append(parameter)
+    if group:
+        yield group
 
 
 @contextmanager

@@ -227,8 +227,7 @@ class Session:
         Raises:
             ProcessError: the processes have not come to the same parameters.
         """
-        tensors = self.learner.tensors()
-        if len(set(self.processes.gather(_digest(tensors)))) > 1:
+        if len(set(self.processes.gather(_digest(self.learner.parameters)))) > 1:
             raise ProcessError(
                 f"the processes hold different parameters after update {update}, so nothing was saved of it; do they"
                 " run on unequal devices or versions? Go on from the last checkpoint with `tailorpo resume`"
@@ -240,7 +239,9 @@ class Session:
             "memory": self.memory,
         }
         if self.processes.main:
-            save_checkpoint(self.directory.path / "checkpoints", update=update, tensors=tensors, state=state)
+            save_checkpoint(
+                self.directory.path / "checkpoints", update=update, tensors=self.learner.tensors(), state=state
+            )
             export_lora(self.policy.model, self.directory.path / "lora")
 
     def restore(self) -> int:
@@ -292,7 +293,7 @@ def check_shares(run: Run, processes: Processes) -> None:
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
-        digest.update(name.encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
