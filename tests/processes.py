@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from tiny_run import tailorpo
 from torch import Tensor
 
+from tailorpo import _distributed
 from tailorpo._distributed import Processes, open_processes
 from tailorpo.progress import Silent
 from tailorpo.run import Run
@@ -140,6 +141,7 @@ def training(data: dict[str, Any], path: Path) -> int:
 
 def record() -> None:
     """Write what every process draws, and the parameters it comes to, into the folder $RECORDS."""
+    _distributed.BUFFER = 1000  # more than one buffer for the tiny model's adapter
     folder, rank = Path(os.environ["RECORDS"]), os.environ["RANK"]
     final_reward, save = Session.final_reward, Session.save
     drawn: dict[str, Tensor] = {}

@@ -197,6 +197,20 @@ def pick_device() -> torch.device:
         UserError: the named one does not exist here.
     """
     name = os.environ.get(DEVICE) or ("cpu" if _flag("ACCELERATE_USE_CPU") else _best())
+    device = find_device(name)
+    if launched() == 1 or device.type == "cpu":
+        return device
+    if device.type != "cuda" or ":" in name:
+        raise UserError(f"device {name!r} cannot be shared by {launched()} processes; use cuda or cpu")
+    return find_device(f"cuda:{os.environ.get('LOCAL_RANK') or 0}")
+
+
+def find_device(name: str) -> torch.device:
+    """The device of the given name, for this process alone or shared.
+
+    Raises:
+        UserError: it does not exist here.
+    """
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -204,12 +218,8 @@ def pick_device() -> torch.device:
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not present.get(device.type, False):
         raise UserError(f"device {name!r} is not available here; use {_best()}")
-    if launched() > 1 and device.type != "cpu":
-        if device.type != "cuda" or ":" in name:
-            raise UserError(f"device {name!r} cannot be shared by {launched()} processes; use cuda or cpu")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device '{device}': there are only {torch.cuda.device_count()} CUDA devices, counted from 0")
+        raise UserError(f"device {name!r}: there are only {torch.cuda.device_count()} CUDA devices, counted from 0")
     return device
 
 

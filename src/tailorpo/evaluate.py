@@ -197,8 +197,10 @@ class _Meter:
         self.held_out = self.judge is not None and run.eval.judge not in [entry.reward for entry in run.reward]
         self.good_threshold: float | None = getattr(self.judge, "good_threshold", None)
         self._judge = Scorer([(self.judge, 1.0)], on_invalid="skip") if self.judge else None
-        candidates: list[object] = [self.judge, *(reward for reward, _ in self.scorer.members)]
-        self._embedder = next((reward for reward in candidates if isinstance(reward, Embedder)), None)
+        members = ((reward, own) for (reward, _), own in zip(self.scorer.members, self.scorer.devices, strict=True))
+        candidates: list[tuple[object, torch.device | None]] = [(self.judge, device), *members]
+        embedders = ((reward, own) for reward, own in candidates if isinstance(reward, Embedder))
+        self._embedder, self._embedder_device = next(embedders, (None, None))
         self.embedding = self._embedder.name if self._embedder else "pixels"
 
     @torch.no_grad()
@@ -224,7 +226,7 @@ class _Meter:
     def features(self, images: Tensor) -> Tensor:
         """(B, D): of the judge, else of a reward that has them, else 8 x 8 means of the pixels around mid grey."""
         if self._embedder:
-            return self._embedder.embed(images).float().cpu()
+            return self._embedder.embed(images.to(self._embedder_device)).float().cpu()
         return (adaptive_avg_pool2d(images, 8) - 0.5).flatten(1).cpu()
 
     def metric(self, name: str) -> Metric:
