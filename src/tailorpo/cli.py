@@ -352,6 +352,7 @@ def show(recipe: Recipe, overrides: Overrides = None) -> None:
     console = _console()
     console.print(run.to_yaml(), markup=False, highlight=False)
     console.print(cost_table(run))
+    console.print(f"Processes: {run.batch.batches} at most can share an update (batch.trajectories / batch.micro)\n")
     console.print(path_table(run))
     missing = run.missing()
     if missing:

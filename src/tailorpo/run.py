@@ -80,6 +80,11 @@ class Batch:
     def __post_init__(self) -> None:
         check_fields(self)
 
+    @property
+    def batches(self) -> int:
+        """Batches of an update; each is computed by one process."""
+        return -(-self.trajectories // self.micro)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:

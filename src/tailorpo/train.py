@@ -280,8 +280,7 @@ def check_shares(run: Run, processes: Processes) -> None:
     Raises:
         UserError: says how many there are, and what to change.
     """
-    trajectories, micro = run.batch.trajectories, run.batch.micro
-    batches = -(-trajectories // micro)
+    trajectories, micro, batches = run.batch.trajectories, run.batch.micro, run.batch.batches
     if batches < processes.count:
         raise UserError(
             f"{processes.count} processes share the batches of an update, and there are {batches}: batch.trajectories"
