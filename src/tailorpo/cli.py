@@ -14,10 +14,10 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar, cast
 
 import typer
 from rich.console import Console
@@ -28,12 +28,14 @@ from tailorpo import __version__
 from tailorpo.errors import TailorpoError, UserError
 
 if TYPE_CHECKING:
+    from tailorpo._distributed import Processes
     from tailorpo.run import Run
     from tailorpo.rundir import RunDirectory
     from tailorpo.train import Reporter
 
 
 _P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 def _polite(command: Callable[_P, None]) -> Callable[_P, None]:
@@ -43,12 +45,10 @@ def _polite(command: Callable[_P, None]) -> Callable[_P, None]:
     def run_politely(*args: _P.args, **kwargs: _P.kwargs) -> None:
         try:
             command(*args, **kwargs)
-        except UserError as error:
-            _say(f"error: {error}")
-            raise typer.Exit(2) from None
         except TailorpoError as error:
-            _say(f"error: {error}")
-            raise typer.Exit(1) from None
+            rank = int(os.environ.get("RANK") or 0)
+            _say(f"error in process {rank}: {error}" if rank else f"error: {error}")
+            raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
         except KeyboardInterrupt:
             _say("stopped")
             raise typer.Exit(130) from None
@@ -87,7 +87,9 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
+@_polite
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
@@ -104,6 +106,9 @@ def _root(
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    command, count = context.invoked_subcommand, os.environ.get("WORLD_SIZE") or "1"
+    if int(count) > 1 and command not in ("train", "resume", "eval"):
+        raise UserError(f"`tailorpo {command}` works in one process, not {count}; start it without a launcher")
 
 
 @app.command()
@@ -125,20 +130,27 @@ def train(
       tailorpo train recipes/emoji_tailorpo_g.yaml updates=20 seed=1 --out runs/short
       tailorpo train recipes/emoji_tailorpo.yaml reward.name=colourfulness algorithm.guidance=null
 
-    Stopped or killed, a run goes on with `tailorpo resume RUN` and ends with the same bits.
+    Stopped or killed, a run goes on with `tailorpo resume RUN` and ends with the same bits. Several processes share a
+    run when `accelerate launch -m tailorpo train ...` or torchrun starts them (docs/scaling.md).
     """
+    from tailorpo._distributed import open_processes
     from tailorpo.run import Run
     from tailorpo.rundir import RunDirectory
 
+    def begin() -> tuple[Run, RunDirectory]:
+        run = Run.load(_run_file(recipe), overrides or ())
+        return run, RunDirectory.create(out or _default_folder(recipe), run)
+
     _use(device)
-    run = Run.load(_run_file(recipe), overrides or ())
-    directory = RunDirectory.create(out or _default_folder(recipe), run)
-    try:
-        _train(run, directory)
-    except UserError:
-        if not directory.metrics():  # it could not even begin: the mistake is mended and the same command typed again
-            shutil.rmtree(directory.path)
-        raise
+    with open_processes() as processes:
+        run, directory = _told(processes, begin)
+        try:
+            _train(run, directory, processes)
+        except UserError:
+            # It could not even begin: the mistake is mended and the same command typed again.
+            if processes.main and not directory.metrics():
+                shutil.rmtree(directory.path)
+            raise
 
 
 @app.command()
@@ -157,23 +169,32 @@ def resume(
       tailorpo resume runs/short
       tailorpo resume runs/short updates=200       train on to 200 updates
     """
+    from tailorpo._distributed import open_processes
     from tailorpo.checkpoint import latest_update
     from tailorpo.rundir import RunDirectory
 
+    def begin() -> tuple[Run, RunDirectory] | None:
+        directory = RunDirectory.open(folder)
+        begun = directory.run
+        run = begun.resumed(overrides or ())
+        done = latest_update(directory.checkpoints)
+        if run.updates < done:
+            raise UserError(f"{folder} has made {done} updates already; updates={run.updates} would go back")
+        if run == begun and run.updates == done and (directory.path / "report.html").exists():
+            typer.echo(
+                f"All {done} updates are done; extend the run with `tailorpo resume {folder} updates={2 * done}`."
+            )
+            typer.echo(f"report: {directory.path / 'report.html'}")
+            return None
+        if run != begun:
+            directory.write_run(run)
+        return run, directory
+
     _use(device)
-    directory = RunDirectory.open(folder)
-    begun = directory.run
-    run = begun.resumed(overrides or ())
-    done = latest_update(directory.checkpoints)
-    if run.updates < done:
-        raise UserError(f"{folder} has made {done} updates already; updates={run.updates} would go back")
-    if run == begun and run.updates == done and (directory.path / "report.html").exists():
-        typer.echo(f"All {done} updates are done; extend the run with `tailorpo resume {folder} updates={2 * done}`.")
-        typer.echo(f"report: {directory.path / 'report.html'}")
-        return
-    if run != begun:
-        directory.write_run(run)
-    _train(run, directory)
+    with open_processes() as processes:
+        begun = _told(processes, begin)
+        if begun is not None:
+            _train(*begun, processes)
 
 
 @app.command("eval")
@@ -194,19 +215,25 @@ def evaluate_(
       tailorpo eval runs/short
       tailorpo eval runs/short eval.seeds=16 eval.prompts_unseen.name=animals_unseen
     """
-    from tailorpo._distributed import pick_device
+    from tailorpo._distributed import open_processes, pick_device
     from tailorpo.rundir import RunDirectory
 
+    def begin() -> tuple[Run, RunDirectory]:
+        directory = RunDirectory.open(folder)
+        return directory.run.resumed(overrides or ()), directory
+
     _use(device)
-    directory = RunDirectory.open(folder)
-    run = directory.run.resumed(overrides or ())
-    with directory.lock(), _display(run) as reporter:
-        reporter.phase("loading the model")
-        model = run.model.load(pick_device(), seed=run.seed)
-        model.load_lora(directory.lora)
-        results = _evaluate(run, directory, model, reporter=reporter)
-    _print_results(results)
-    typer.echo(f"report: {directory.path / 'report.html'}")
+    with open_processes() as processes:
+        run, directory = _told(processes, begin)
+        with _at_work(run, directory, processes) as reporter:
+            reporter.phase("loading the model")
+            with processes.together():
+                model = run.model.load(pick_device(), seed=run.seed)
+                model.load_lora(directory.lora)
+            results = _evaluate(run, directory, model, reporter=reporter, processes=processes)
+        if processes.main:
+            _print_results(results)
+            typer.echo(f"report: {directory.path / 'report.html'}")
 
 
 @app.command()
@@ -380,6 +407,7 @@ def show(recipe: Recipe, overrides: Overrides = None) -> None:
     console = _console()
     console.print(run.to_yaml(), markup=False, highlight=False)
     console.print(cost_table(run))
+    console.print(f"Processes: {run.batch.batches} at most can share an update (batch.trajectories / batch.micro)\n")
     console.print(path_table(run))
     missing = run.missing()
     if missing:
@@ -513,29 +541,59 @@ def experiment(
         command.run(grid, jobs=jobs, console=_console(), arguments=arguments)
 
 
-def _train(run: Run, directory: RunDirectory) -> None:
+def _told(processes: Processes, begin: Callable[[], _T]) -> _T:
+    """What the main process finds on its disk, told to all."""
+    with processes.together():
+        found = begin() if processes.main else None
+    return cast("_T", processes.broadcast(found))
+
+
+@contextmanager
+def _at_work(run: Run, directory: RunDirectory, processes: Processes) -> Generator[Reporter]:
+    """The directory kept from others, and the display, where there is one."""
+    from tailorpo._distributed import unused_settings
+    from tailorpo.progress import Silent
+
+    with ExitStack() as stack:
+        with processes.together():
+            if processes.main:
+                stack.enter_context(directory.lock())
+        reporter = stack.enter_context(_display(run)) if processes.main else Silent()
+        unused = unused_settings()
+        if unused:
+            reporter.note(unused)
+        yield reporter
+
+
+def _train(run: Run, directory: RunDirectory, processes: Processes) -> None:
     """Train to the end, evaluate, report; say how to go on if it is stopped."""
     from tailorpo.train import train as train_
 
-    typer.echo(f"run: {directory.path}")
+    if processes.main:
+        typer.echo(f"run: {directory.path}")
     try:
-        with directory.lock(), _display(run) as reporter:
-            model = train_(run, directory, reporter=reporter)
-            results = _evaluate(run, directory, model, reporter=reporter)
+        with _at_work(run, directory, processes) as reporter:
+            model = train_(run, directory, reporter=reporter, processes=processes)
+            results = _evaluate(run, directory, model, reporter=reporter, processes=processes)
     except KeyboardInterrupt:
-        _say(f"stopped; go on with `tailorpo resume {directory.path}`")
+        if processes.main:
+            _say(f"stopped; go on with `tailorpo resume {directory.path}`")
         raise typer.Exit(130) from None
-    _print_results(results)
-    typer.echo(f"report: {(directory.path / 'report.html').resolve()}")
+    if processes.main:
+        _print_results(results)
+        typer.echo(f"report: {(directory.path / 'report.html').resolve()}")
 
 
-def _evaluate(run: Run, directory: RunDirectory, model: Any, *, reporter: Reporter) -> dict[str, Any]:
+def _evaluate(
+    run: Run, directory: RunDirectory, model: Any, *, reporter: Reporter, processes: Processes
+) -> dict[str, Any]:
     from tailorpo.evaluate import evaluate
     from tailorpo.report import write_report
 
-    results = evaluate(run, directory, model, reporter=reporter)
-    reporter.phase("writing the report")
-    write_report(directory)
+    results = evaluate(run, directory, model, reporter=reporter, processes=processes)
+    if processes.main:
+        reporter.phase("writing the report")
+        write_report(directory)
     return results
 
 

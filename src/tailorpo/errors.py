@@ -7,6 +7,7 @@
         CheckpointError    a run directory or checkpoint cannot be used
       DivergedError        training produced a loss that is not a number; the last good checkpoint is kept
       StorageError         the disk refused a write (full, read-only); nothing that was saved before is lost
+      ProcessError         another process of the same run is gone, or has computed something else
 
 The CLI exits with code 2 for a UserError and 1 for the others, never with a traceback for any of them.
 """
@@ -51,3 +52,7 @@ class DivergedError(TailorpoError):
 
 class StorageError(TailorpoError):
     """Writing failed: the disk is full or not writable."""
+
+
+class ProcessError(TailorpoError):
+    """Several processes work on one run, and another one is gone or has come to other parameters."""

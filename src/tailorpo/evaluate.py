@@ -13,6 +13,9 @@ differences get a bootstrap interval (`statistics.py`). What each number means: 
 Evaluation changes nothing that training depends on: it draws from streams of its own, and the model's counter of
 network evaluations is put back. Left out: FID and other distances to a data set (they need thousands of pictures, and
 alignment leaves the data set on purpose), and comparing two aligned runs (compare their eval.json: same noises).
+
+Several processes draw and score a batch each, round by round; the main one gathers them in order and writes. The
+batches are those of one process, so the result is the same to the last bit.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -32,9 +36,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from tailorpo._distributed import ALONE, Processes
 from tailorpo.environment import environment
 from tailorpo.errors import UserError
-from tailorpo.images import contact_sheet, fit, save_png
+from tailorpo.files import atomic_write
+from tailorpo.images import contact_sheet, fit, png_bytes, save_png
 from tailorpo.models import DiffusionModel
 from tailorpo.noise import Noise
 from tailorpo.policy import Policy
@@ -96,6 +102,19 @@ class Metric:
     unit: str = ""
 
 
+@dataclass(frozen=True)
+class _Picture:
+    """One picture as it travels to the main process: whose it is, its numbers, its file and, if shown, a small copy."""
+
+    prompt: int
+    seed: int
+    scores: dict[str, float]
+    features: Tensor
+    pixels: Tensor
+    png: bytes
+    thumbnail: Image.Image | None
+
+
 @dataclass
 class _Drawn:
     """What one model drew for one prompt: an entry per seed, in the order of the seeds."""
@@ -106,7 +125,9 @@ class _Drawn:
     thumbnails: list[Image.Image] = field(default_factory=list[Image.Image])
 
 
-def evaluate(run: Run, directory: RunDirectory, model: DiffusionModel, *, reporter: Reporter) -> dict[str, Any]:
+def evaluate(
+    run: Run, directory: RunDirectory, model: DiffusionModel, *, reporter: Reporter, processes: Processes = ALONE
+) -> dict[str, Any]:
     """Draw, score and compare; writes eval.json and samples/eval, and returns what eval.json holds.
 
     Args:
@@ -114,6 +135,7 @@ def evaluate(run: Run, directory: RunDirectory, model: DiffusionModel, *, report
         directory: of the run; an evaluation of an earlier update in it is replaced, its summary kept under "history".
         model: with the trained adapter on; off within `model.reference()`.
         reporter: hears of every batch.
+        processes: those that share the pictures, all of which call this; the main one writes.
 
     Raises:
         UserError: the model has no adapter, so that there is nothing to compare.
@@ -124,24 +146,39 @@ def evaluate(run: Run, directory: RunDirectory, model: DiffusionModel, *, report
         raise UserError("the model has no adapter, so there is nothing to compare with the base; set model.lora")
     started, counter = time.perf_counter(), model.evaluations
     prompts = _prompts(run)
-    meter = _Meter(run, model.device)
+    with processes.together():
+        meter = _Meter(run, model.device)
     # Pictures go to a folder of their own and replace the last evaluation's at the end: an interruption mixes nothing.
     partial = directory.path / "samples" / "eval.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    if processes.main:
+        shutil.rmtree(partial, ignore_errors=True)
     reporter.phase(f"evaluating: {len(prompts)} prompts, {run.eval.seeds} seeds, base and aligned")
-    drawn = _draw(run, model, prompts, meter, partial, step=reporter.step)
-    reporter.phase("evaluating: intervals")
-    result = _result(run, prompts, drawn, meter)
-    result["update"] = next((row["update"] for row in reversed(directory.metrics())), 0)
-    result["history"] = _history(directory.path / "eval.json", result)
-    result["cost"] = {"forwards": model.evaluations - counter, "seconds": round(time.perf_counter() - started, 2)}
-    result["environment"] = environment(model.device)
+    drawn = _draw(run, model, prompts, meter, partial, step=reporter.step, processes=processes)
+    forwards = processes.total(model.evaluations - counter)
     model.evaluations = counter  # what evaluation costs is its own account, not training's
+    result: dict[str, Any] = {}
+    if processes.main:
+        reporter.phase("evaluating: intervals")
+        result = _result(run, prompts, drawn, meter)
+        result["update"] = next((row["update"] for row in reversed(directory.metrics())), 0)
+        result["history"] = _history(directory.path / "eval.json", result)
+        result["cost"] = {"forwards": forwards, "seconds": round(time.perf_counter() - started, 2)}
+        result["environment"] = environment(model.device)
+        _write(directory, partial, prompts, drawn, result)
+    return processes.broadcast(result)
+
+
+def _write(
+    directory: RunDirectory,
+    partial: Path,
+    prompts: Sequence[tuple[Group, str]],
+    drawn: dict[Side, list[_Drawn]],
+    result: dict[str, Any],
+) -> None:
     save_png(_side_by_side(prompts, drawn), partial / "side_by_side.png")
     shutil.rmtree(partial.with_name("eval"), ignore_errors=True)
     partial.rename(partial.with_name("eval"))
     directory.write_json("eval.json", result)
-    return result
 
 
 def _prompts(run: Run) -> list[tuple[Group, str]]:
@@ -160,8 +197,10 @@ class _Meter:
         self.held_out = self.judge is not None and run.eval.judge not in [entry.reward for entry in run.reward]
         self.good_threshold: float | None = getattr(self.judge, "good_threshold", None)
         self._judge = Scorer([(self.judge, 1.0)], on_invalid="skip") if self.judge else None
-        candidates: list[object] = [self.judge, *(reward for reward, _ in self.scorer.members)]
-        self._embedder = next((reward for reward in candidates if isinstance(reward, Embedder)), None)
+        members = ((reward, own) for (reward, _), own in zip(self.scorer.members, self.scorer.devices, strict=True))
+        candidates: list[tuple[object, torch.device | None]] = [(self.judge, device), *members]
+        embedders = ((reward, own) for reward, own in candidates if isinstance(reward, Embedder))
+        self._embedder, self._embedder_device = next(embedders, (None, None))
         self.embedding = self._embedder.name if self._embedder else "pixels"
 
     @torch.no_grad()
@@ -187,7 +226,7 @@ class _Meter:
     def features(self, images: Tensor) -> Tensor:
         """(B, D): of the judge, else of a reward that has them, else 8 x 8 means of the pixels around mid grey."""
         if self._embedder:
-            return self._embedder.embed(images).float().cpu()
+            return self._embedder.embed(images.to(self._embedder_device)).float().cpu()
         return (adaptive_avg_pool2d(images, 8) - 0.5).flatten(1).cpu()
 
     def metric(self, name: str) -> Metric:
@@ -217,36 +256,64 @@ def _draw(
     folder: Path,
     *,
     step: Callable[[int, int], None],
+    processes: Processes,
 ) -> dict[Side, list[_Drawn]]:
-    """Both models' pictures, in batches that hold both sides of few pictures at a time; `_Drawn` per prompt."""
+    """Both models' pictures, in batches that hold one side of few pictures at a time, one batch per process and round;
+    `_Drawn` per prompt, in the main process."""
     policy, noise = Policy(model, run.sampler), Noise(run.seed)
     drawn: dict[Side, list[_Drawn]] = {side: [_Drawn() for _ in prompts] for side in SIDES}
     jobs = [(index, seed) for index in range(len(prompts)) for seed in range(run.eval.seeds)]
-    done, size = 0, run.eval.batch_size
-    for first in range(0, len(jobs), size):
-        batch = jobs[first : first + size]
-        texts = [prompts[index][1] for index, _ in batch]
-        keys = [("eval", prompts[index][1], seed) for index, seed in batch]
+    batches = [jobs[first : first + run.eval.batch_size] for first in range(0, len(jobs), run.eval.batch_size)]
+    done = 0
+    for first in range(0, len(batches), processes.count):
+        own = batches[first : first + processes.count][processes.rank : processes.rank + 1]
         for side in SIDES:
-            if side == "base":
-                with model.reference():
-                    images = sample_images(policy, texts, noise=noise, keys=keys, batch_size=size)
-            else:
-                images = sample_images(policy, texts, noise=noise, keys=keys, batch_size=size)
-            scores = meter.scores(images, texts)
-            features, pixels = meter.features(images), adaptive_avg_pool2d(images, 16).flatten(1).cpu()
-            for row, (index, seed) in enumerate(batch):
-                cell = drawn[side][index]
-                for name, values in scores.items():
-                    cell.scores.setdefault(name, []).append(float(values[row]))
-                cell.features.append(features[row])
-                cell.pixels.append(pixels[row])
-                save_png(images[row], folder / side / _file_name(prompts, index, seed))
-                if index < SHEET_PROMPTS and seed < SHEET_SEEDS:
-                    cell.thumbnails.append(fit(images[row], SHEET_CELL))
-            done += len(batch)
+            pictures = [each for batch in own for each in _pictures(policy, batch, prompts, side, meter, noise)]
+            for each in (picture for part in processes.gather(pictures) for picture in part):
+                done += 1
+                if not processes.main:
+                    continue
+                cell = drawn[side][each.prompt]
+                for name, value in each.scores.items():
+                    cell.scores.setdefault(name, []).append(value)
+                cell.features.append(each.features)
+                cell.pixels.append(each.pixels)
+                if each.thumbnail is not None:
+                    cell.thumbnails.append(each.thumbnail)
+                path = folder / side / _file_name(prompts, each.prompt, each.seed)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                atomic_write(path, each.png)
             step(done, 2 * len(jobs))
     return drawn
+
+
+def _pictures(
+    policy: Policy,
+    batch: Sequence[tuple[int, int]],
+    prompts: Sequence[tuple[Group, str]],
+    side: Side,
+    meter: _Meter,
+    noise: Noise,
+) -> list[_Picture]:
+    """Draw and measure one batch of (prompt, seed) with one of the models."""
+    texts = [prompts[index][1] for index, _ in batch]
+    keys = [("eval", prompts[index][1], seed) for index, seed in batch]
+    with policy.model.reference() if side == "base" else nullcontext():
+        images = sample_images(policy, texts, noise=noise, keys=keys, batch_size=len(batch))
+    scores = meter.scores(images, texts)
+    features, pixels = meter.features(images), adaptive_avg_pool2d(images, 16).flatten(1).cpu()
+    return [
+        _Picture(
+            prompt=index,
+            seed=seed,
+            scores={name: float(values[row]) for name, values in scores.items()},
+            features=features[row].clone(),
+            pixels=pixels[row].clone(),
+            png=png_bytes(images[row]),
+            thumbnail=fit(images[row], SHEET_CELL) if index < SHEET_PROMPTS and seed < SHEET_SEEDS else None,
+        )
+        for row, (index, seed) in enumerate(batch)
+    ]
 
 
 def _file_name(prompts: Sequence[tuple[Group, str]], index: int, seed: int) -> str:

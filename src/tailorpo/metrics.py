@@ -6,8 +6,8 @@ steps, in nats.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -35,6 +35,16 @@ class UpdateMetrics:
     def add_final(self, rewards: Mapping[str, Tensor]) -> None:
         """Take note of the rewards of finished pictures, (B,) each, by the names they are logged under."""
         self._final.append({name: reward.detach().cpu() for name, reward in rewards.items()})
+
+    @classmethod
+    def joined(cls, parts: Iterable[Self]) -> Self:
+        """What several processes have gathered, as if one had, the first part first."""
+        whole = cls()
+        for part in parts:
+            for k, rows in part._rows.items():
+                whole._rows.setdefault(k, []).extend(rows)
+            whole._final += part._final
+        return whole
 
     def summary(self, *, times: Tensor) -> dict[str, Any]:
         """The figures of the update; null where no row had its rewards.

@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from tailorpo._distributed import ALONE, Processes
 from tailorpo.errors import CheckpointError, DivergedError
 from tailorpo.settings import check_fields
 
@@ -53,10 +54,12 @@ class Learner:
     Args:
         parameters: the trained parameters by name.
         config: the optimizer section.
+        processes: those that share the gradient; all of them step together.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: Optimizer) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: Optimizer, processes: Processes = ALONE) -> None:
         self.parameters = dict(parameters)
+        self.processes = processes
         self.config = config
         self.steps = 0
         self._adamw = torch.optim.AdamW(
@@ -76,11 +79,13 @@ class Learner:
         self._loss += float(loss.detach())
 
     def step(self) -> None:
-        """One optimizer step with the gradient gathered so far.
+        """One optimizer step with the gradient gathered so far, by all processes.
 
         Raises:
             DivergedError: the loss or the gradient is not finite; the parameters are left as they were.
+            ProcessError: another process is gone.
         """
+        self._loss = self.processes.reduce_gradients(list(self.parameters.values()), self._loss)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.grad_clip or math.inf))
         if gradients and not (math.isfinite(self._loss) and math.isfinite(norm)):

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
+from tailorpo._distributed import ALONE, Processes
 from tailorpo.algorithms.base import Sample
-from tailorpo.files import atomic_write
-from tailorpo.images import save_png
+from tailorpo.files import atomic_write, storage_errors
+from tailorpo.images import png_bytes
 
 TRAJECTORIES = 2
 
@@ -32,6 +33,7 @@ class PairGallery:
         self._folder = folder / f"update-{update:06d}"
         self._times = times
         self._entries: list[dict[str, Any]] = []
+        self._files: dict[str, bytes] = {}
 
     def add(self, sample: Sample, *, first_trajectory: int) -> None:
         """Record the pairs of a batch that belong to the update's first trajectories; `first_trajectory` is row 0's
@@ -42,9 +44,8 @@ class PairGallery:
         for row in range(min(len(shown.prompts), TRAJECTORIES - first_trajectory)):
             stem = f"trajectory-{first_trajectory + row}-step-{sample.k:02d}"
             files = {"winner": f"{stem}-winner.png", "loser": f"{stem}-loser.png"}
-            self._folder.mkdir(parents=True, exist_ok=True)
-            save_png(shown.winner[row].cpu(), self._folder / files["winner"])
-            save_png(shown.loser[row].cpu(), self._folder / files["loser"])
+            self._files[files["winner"]] = png_bytes(shown.winner[row])
+            self._files[files["loser"]] = png_bytes(shown.loser[row])
             self._entries.append(
                 {
                     "prompt": shown.prompts[row],
@@ -58,11 +59,19 @@ class PairGallery:
                 }
             )
 
-    def save(self) -> None:
-        """Write the list beside its pictures, if there are any."""
-        if not self._entries:
+    def save(self, processes: Processes = ALONE) -> None:
+        """Write the pictures of all processes, and then their list, if there are any."""
+        gathered = processes.gather((self._entries, self._files))
+        entries = sorted(
+            (entry for part, _ in gathered for entry in part), key=lambda entry: (entry["trajectory"], entry["k"])
+        )
+        if not entries or not processes.main:
             return
-        entries = sorted(self._entries, key=lambda entry: (entry["trajectory"], entry["k"]))
+        with storage_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        for _, files in gathered:
+            for name, data in files.items():
+                atomic_write(self._folder / name, data)
         atomic_write(self._folder / "pairs.json", json.dumps(entries, indent=1))
 
 

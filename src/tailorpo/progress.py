@@ -48,6 +48,28 @@ def _number(metrics: Mapping[str, Any], name: str, pattern: str) -> str:
     return format(value, pattern) if isinstance(value, int | float) else "-"
 
 
+class Silent:
+    """Nothing: for a process that is not the one to speak."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def phase(self, text: str) -> None:
+        """Nothing."""
+
+    def step(self, done: int, total: int) -> None:
+        """Nothing."""
+
+    def update(self, metrics: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+
 class Plain:
     """One line per update and per phase, for log files and pipes."""
 

@@ -81,6 +81,11 @@ class Batch:
     def __post_init__(self) -> None:
         check_fields(self)
 
+    @property
+    def batches(self) -> int:
+        """Batches of an update; each is computed by one process."""
+        return -(-self.trajectories // self.micro)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:
@@ -179,7 +184,10 @@ class Run:
     def to_dict(self) -> dict[str, Any]:
         """The data of a run file that `from_dict` reads back as the same run."""
         data = plain(self)
-        entries = [{**entry["reward"], "weight": entry["weight"]} for entry in data["reward"]]
+        entries = [
+            {**entry["reward"], "weight": entry["weight"]} | ({"device": entry["device"]} if entry["device"] else {})
+            for entry in data["reward"]
+        ]
         data["reward"] = entries[0] if len(entries) == 1 else entries
         for section, name in ((data, "prompts"), (data["eval"], "prompts_seen"), (data["eval"], "prompts_unseen")):
             if section[name] is not None:
@@ -249,7 +257,7 @@ def _make_absolute(data: Any) -> None:
 
 
 def _wrap_rewards(tree: Tree) -> None:
-    """`reward: {name, weight, ...}` and a list of such, as the entries that the dataclass holds."""
+    """`reward: {name, weight, device, ...}` and a list of such, as the entries that the dataclass holds."""
     raw = tree.data.get("reward")
     if raw is None or not isinstance(raw, dict | list):
         return
@@ -261,16 +269,16 @@ def _wrap_rewards(tree: Tree) -> None:
         for key, line in list(tree.lines.items()):
             if key[: len(old)] == old:
                 tree.lines[(*new, "reward", *key[len(old) :])] = line
-                if key[len(old) :] == ("weight",):
-                    tree.lines[(*new, "weight")] = line
+                if key[len(old) :] in (("weight",), ("device",)):
+                    tree.lines[(*new, *key[len(old) :])] = line
         tree.names[(*new, "reward")] = ".".join(map(str, old))
-        tree.names[(*new, "weight")] = ".".join([*map(str, old), "weight"])
+        own = ("weight", "device")  # the entry's; everything else is the reward's
+        for name in own:
+            tree.names[(*new, name)] = ".".join([*map(str, old), name])
         if isinstance(item, dict):
-            fields_ = {key: value for key, value in cast(dict[str, Any], item).items() if key != "weight"}
-            entry = {"reward": fields_}
-            if "weight" in item:
-                entry["weight"] = item["weight"]
-            entries.append(entry)
+            given = cast(dict[str, Any], item)
+            fields_ = {key: value for key, value in given.items() if key not in own}
+            entries.append({"reward": fields_, **{name: given[name] for name in own if name in given}})
         else:
             entries.append({"reward": item})
     tree.data["reward"] = entries

@@ -55,13 +55,13 @@ class _Some:
         self._trackers.close()
 
 
-def open_trackers(run: Run, directory: RunDirectory) -> Trackers:
-    """The trackers that the run names; without any, nothing is imported and calls do nothing.
+def open_trackers(run: Run, directory: RunDirectory | None) -> Trackers:
+    """The trackers that the run names; without any, or without a directory, nothing is imported and calls do nothing.
 
     Raises:
         UserError: a tracker cannot start.
     """
-    return _Some(run, directory) if run.trackers else _None()
+    return _Some(run, directory) if run.trackers and directory else _None()
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:

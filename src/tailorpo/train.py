@@ -6,13 +6,15 @@ the graph of the sampling forward is still there; buffered, samples are stored a
 afterwards.
 
 Every random number is addressed by (seed, trajectory number, step), so a resumed run needs its parameters, its
-optimizer state and its counters, and nothing else.
+optimizer state and its counters, and nothing else; and several processes may share the batches of an update, each
+running this loop on its part (`_distributed`). The main process alone writes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -20,11 +22,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tailorpo._distributed import pick_device
+from tailorpo._distributed import ALONE, Processes, pick_device
 from tailorpo.algorithms.base import Algorithm, Stored
 from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
 from tailorpo.base_model import BaseModel
 from tailorpo.checkpoint import load_latest_checkpoint, save_checkpoint
+from tailorpo.errors import ProcessError, UserError
 from tailorpo.files import atomic_write, storage_errors
 from tailorpo.lora_metadata import lora_metadata, with_metadata
 from tailorpo.metrics import UpdateMetrics
@@ -61,8 +64,14 @@ class Reporter(Protocol):
         ...
 
 
-def train(run: Run, directory: RunDirectory, *, reporter: Reporter) -> DiffusionModel:
+def train(run: Run, directory: RunDirectory, *, reporter: Reporter, processes: Processes = ALONE) -> DiffusionModel:
     """Train from the last checkpoint in `directory`, or from the start, to `run.updates`.
+
+    Args:
+        run: what to train, and how.
+        directory: where the main process writes; the others do not touch it.
+        reporter: hears what this process is doing.
+        processes: those that share the work, all of which call this.
 
     Returns:
         The model with its trained LoRA, which is also at lora/ in the directory.
@@ -71,26 +80,34 @@ def train(run: Run, directory: RunDirectory, *, reporter: Reporter) -> Diffusion
         UserError: the model, the prompts or the reward cannot be used.
         DivergedError: the loss stopped being a number; the last checkpoint is kept.
         StorageError: the disk refused a write; what was saved before is kept.
+        ProcessError: another process is gone.
     """
     reporter.phase("loading the model and the reward")
-    device = pick_device()
-    policy = Policy(run.model.load(device, seed=run.seed), run.sampler)
-    score = load_scorer(run.reward, device, on_invalid=run.on_invalid_reward, ensemble=run.ensemble)
-    if isinstance(run.algorithm, DiffusionDPO):
-        reporter.phase("encoding the pairs")
-        run.algorithm.load(policy.model, on_picture=reporter.step)
-    learner = Learner(policy.model.trainable(), run.optimizer)
-    session = Session(run, policy, score=score, learner=learner, directory=directory, reporter=reporter)
+    with processes.together():
+        check_shares(run, processes)
+        device = pick_device()
+        policy = Policy(run.model.load(device, seed=run.seed), run.sampler)
+        score = load_scorer(run.reward, device, on_invalid=run.on_invalid_reward, ensemble=run.ensemble)
+        if isinstance(run.algorithm, DiffusionDPO):
+            reporter.phase("encoding the pairs")
+            run.algorithm.load(policy.model, on_picture=reporter.step)
+    learner = Learner(policy.model.trainable(), run.optimizer, processes)
+    session = Session(
+        run, policy, score=score, learner=learner, directory=directory, reporter=reporter, processes=processes
+    )
     finished = session.restore()
-    directory.truncate_metrics(finished)
-    trackers = open_trackers(run, directory)
+    with processes.together():
+        trackers = open_trackers(run, directory if processes.main else None)
+        if processes.main:
+            directory.truncate_metrics(finished)
     reporter.phase("training")
     try:
         for update in range(finished, run.updates):
             started = time.perf_counter()
             metrics = session.update(update)
             metrics["seconds"] = time.perf_counter() - started
-            directory.append_metrics(metrics)
+            if processes.main:
+                directory.append_metrics(metrics)
             trackers.log(metrics, step=update + 1)
             reporter.update(metrics)
             if (update + 1) % run.checkpoint_every == 0 or update + 1 == run.updates:
@@ -104,7 +121,15 @@ class Session:
     """One run in progress: everything that lives from one update to the next."""
 
     def __init__(
-        self, run: Run, policy: Policy, *, score: Scorer, learner: Learner, directory: RunDirectory, reporter: Reporter
+        self,
+        run: Run,
+        policy: Policy,
+        *,
+        score: Scorer,
+        learner: Learner,
+        directory: RunDirectory,
+        reporter: Reporter,
+        processes: Processes = ALONE,
     ) -> None:
         self.run = run
         self.algorithm: Algorithm = run.algorithm
@@ -113,9 +138,11 @@ class Session:
         self.learner = learner
         self.directory = directory
         self.reporter = reporter
+        self.processes = processes
         self.noise = Noise(run.seed)
         self.memory: dict[str, list[float]] = {}
         self.prompts = load_prompts(run.prompts)
+        self._firsts = processes.share(range(0, run.batch.trajectories, run.batch.micro))
         self._galleries = gallery_updates(run.updates)
         self.scales = score.scales if isinstance(score, EnsembleScorer) else None
 
@@ -144,28 +171,30 @@ class Session:
         if algorithm.update == "inline":
             self.learner.step()
         else:
-            for minibatches in self.minibatches(algorithm.prepare(stored, self.memory), update):
+            buffer = algorithm.prepare(stored, self.memory, self.processes.gather)
+            for minibatches, count in self.minibatches(buffer, update):
                 for minibatch in minibatches:
-                    self.learner.backward(algorithm.loss(policy, minibatch).mean() / len(minibatches))
+                    self.learner.backward(algorithm.loss(policy, minibatch).mean() / count)
                 self.learner.step()
 
         if update + 1 in self._galleries:
-            gallery.save()
+            gallery.save(self.processes)
         return {
             "update": update + 1,
             **self.learner.take_metrics(),
-            **metrics.summary(times=policy.schedule.time),
-            "forwards": policy.forwards,
-            "reward_queries": self.score.queries,
+            **UpdateMetrics.joined(self.processes.gather(metrics)).summary(times=policy.schedule.time),
+            "forwards": self.processes.total(policy.evaluations) // run.sampler.evaluations_per_forward,
+            "reward_queries": self.processes.total(self.score.queries),
         }
 
     def trajectories(self, update: int) -> Iterator[tuple[int, Trajectories]]:
-        """The trajectories of an update in batches of `batch.micro`, each with its first trajectory's place in the
-        update."""
+        """This process's trajectories of an update in batches of `batch.micro`, each with its first trajectory's place
+        in the update."""
         if self.scales is not None:
-            self.scales.settle()  # what the updates before have gathered; they stand still within this one
+            # What the updates before have gathered; they stand still within this one.
+            self.scales.settle(self.processes.gather)
         total, micro = self.run.batch.trajectories, self.run.batch.micro
-        for first in range(0, total, micro):
+        for first in self._firsts:
             numbers = [update * total + place for place in range(first, min(first + micro, total))]
             prompts = [prompt_order(self.prompts, self.noise, number) for number in numbers]
             keys = [("train", number) for number in numbers]
@@ -184,60 +213,104 @@ class Session:
                 reward, members = self.score.total_and_each(pictures, trajectories.prompts)
         return {"reward_final": reward, **{f"reward_final:{name}": each for name, each in members.items()}}
 
-    def minibatches(self, stored: Sequence[Stored], update: int) -> Iterator[list[Stored]]:
-        """The buffer in shuffled minibatches of rows of one step each, once per inner epoch, in groups that make one
-        optimizer step."""
+    def minibatches(self, stored: Sequence[Stored], update: int) -> Iterator[tuple[list[Stored], int]]:
+        """The buffer of all processes in shuffled minibatches of rows of one step each, once per inner epoch, in groups
+        that make one optimizer step: those minibatches whose rows this process holds, and how many there are in all."""
         algorithm = self.algorithm
+        sizes = self.processes.gather([len(rows) for rows in stored])
+        before = sum(map(len, sizes[: self.processes.rank]))
         for epoch in range(algorithm.inner_epochs):
-            chunks: list[Stored] = []
-            for number, rows in enumerate(stored):
-                order = self.noise.permutation(len(rows), "minibatch", update, epoch, number)
+            chunks: list[tuple[int, list[int]]] = []
+            for number, size in enumerate(size for part in sizes for size in part):
+                order = self.noise.permutation(size, "minibatch", update, epoch, number)
                 chunks += [
-                    rows.rows(torch.tensor(order[start : start + algorithm.minibatch]))
-                    for start in range(0, len(rows), algorithm.minibatch)
+                    (number - before, order[start : start + algorithm.minibatch])
+                    for start in range(0, size, algorithm.minibatch)
                 ]
             shuffled = [chunks[i] for i in self.noise.permutation(len(chunks), "minibatches", update, epoch)]
             for start in range(0, len(shuffled), algorithm.accumulate):
-                yield shuffled[start : start + algorithm.accumulate]
+                group = shuffled[start : start + algorithm.accumulate]
+                own = [stored[at].rows(torch.tensor(rows)) for at, rows in group if 0 <= at < len(stored)]
+                yield own, len(group)
 
     def save(self, update: int) -> None:
-        """Write a checkpoint after `update` updates, and the LoRA in diffusers' format."""
+        """Write a checkpoint after `update` updates, and the LoRA in diffusers' format.
+
+        Raises:
+            ProcessError: the processes have not come to the same parameters.
+        """
+        if len(set(self.processes.gather(_digest(self.learner.parameters)))) > 1:
+            raise ProcessError(
+                f"the processes hold different parameters after update {update}, so nothing was saved of it; do they"
+                " run on unequal devices or versions? Go on from the last checkpoint with `tailorpo resume`"
+            )
         state: dict[str, Any] = {
             "steps": self.learner.steps,
-            "evaluations": self.policy.evaluations,
-            "reward_queries": self.score.queries,
+            "evaluations": self.processes.total(self.policy.evaluations),
+            "reward_queries": self.processes.total(self.score.queries),
             "memory": self.memory,
         }
         if self.scales is not None:
-            self.scales.settle()
+            self.scales.settle(self.processes.gather)
             state["gap_scales"] = self.scales.running
-        save_checkpoint(self.directory.path / "checkpoints", update=update, tensors=self.learner.tensors(), state=state)
-        export_lora(self.policy.model, self.directory.path / "lora", self.run, updates=update)
+        if self.processes.main:
+            save_checkpoint(
+                self.directory.path / "checkpoints", update=update, tensors=self.learner.tensors(), state=state
+            )
+            export_lora(self.policy.model, self.directory.path / "lora", self.run, updates=update)
 
     def restore(self) -> int:
-        """Load the latest sound checkpoint, if there is one, and return how many updates it has behind it."""
-        checkpoint = load_latest_checkpoint(self.directory.path / "checkpoints", note=self.reporter.note)
+        """Load the latest sound checkpoint, if there is one, and return how many updates it has behind it.
+
+        The main process reads it and tells the others, which may be on machines that do not see the file.
+        """
+        with self.processes.together():
+            folder, note = self.directory.path / "checkpoints", self.reporter.note
+            checkpoint = load_latest_checkpoint(folder, note=note) if self.processes.main else None
+        checkpoint = self.processes.broadcast(checkpoint)
         if checkpoint is None:
             return 0
         self.learner.load_tensors(checkpoint.tensors, steps=int(checkpoint.state["steps"]))
-        self.policy.evaluations = int(checkpoint.state["evaluations"])
-        self.score.queries = int(checkpoint.state["reward_queries"])
         self.memory = dict(checkpoint.state["memory"])
         if self.scales is not None:
             self.scales.running = dict(checkpoint.state["gap_scales"])
-        # A kill between a checkpoint and its LoRA file leaves the file of the checkpoint before.
-        export_lora(self.policy.model, self.directory.path / "lora", self.run, updates=checkpoint.update)
+        if self.processes.main:  # what was counted so far goes on one account; sums over the processes stay right
+            self.policy.evaluations = int(checkpoint.state["evaluations"])
+            self.score.queries = int(checkpoint.state["reward_queries"])
+            # A kill between a checkpoint and its LoRA file leaves the file of the checkpoint before.
+            export_lora(self.policy.model, self.directory.path / "lora", self.run, updates=checkpoint.update)
         return checkpoint.update
 
     def _on_step(self, first: int) -> Callable[[int], None]:
-        batches = -(-self.run.batch.trajectories // self.run.batch.micro)
-        before = first // self.run.batch.micro * self.policy.schedule.steps
-        total = batches * self.policy.schedule.steps
+        steps = self.policy.schedule.steps
+        before, total = self._firsts.index(first) * steps, len(self._firsts) * steps
 
         def on_step(done: int) -> None:
             self.reporter.step(before + done, total)
 
         return on_step
+
+
+def check_shares(run: Run, processes: Processes) -> None:
+    """Refuse a run with fewer batches in an update than processes.
+
+    Raises:
+        UserError: says how many there are, and what to change.
+    """
+    trajectories, micro, batches = run.batch.trajectories, run.batch.micro, run.batch.batches
+    if batches < processes.count:
+        raise UserError(
+            f"{processes.count} processes share the batches of an update, and there are {batches}: batch.trajectories"
+            f" {trajectories} by batch.micro {micro}. Start fewer processes, take more trajectories, or a smaller"
+            f" batch.micro (at most {max(trajectories // processes.count, 1)})"
+        )
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(name.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def export_lora(model: DiffusionModel, folder: Path, run: Run, *, updates: int) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tiny_run import settings
 from torch import Tensor
 
+from tailorpo._distributed import ALONE
 from tailorpo.errors import RunFileError
 from tailorpo.rewards import Ensemble, EnsembleScorer
 from tailorpo.rewards.ensemble import GapScales
@@ -137,19 +138,19 @@ def test_scales_are_running_and_stand_still_within_an_update() -> None:
     scorer = EnsembleScorer([(Pixel(0), 1.0), (Pixel(1), 1.0)], Ensemble(decay=0.75))
     compared(scorer, [[3.0, 0.5], [0.0, 0.0], [0.0, 0.0], [1.0, 0.5]])  # gaps 3, -1 and .5, -.5
     assert scorer.scales.get("5", "pixel") is None
-    scorer.scales.settle()
+    scorer.scales.settle(ALONE.gather)
     assert scorer.scales.get("5", "pixel") == pytest.approx(math.sqrt(5))
     found = compared(scorer, [[1.0, 1.0], [0.0, 0.0]])
     assert float(found.reward[0] - found.reward[1]) == pytest.approx((1 / math.sqrt(5) + 2) / 2)
     compared(scorer, [[9.0, 9.0], [0.0, 0.0]], time=6)  # another step
     compared(scorer, [[9.0, 9.0], [0.0, 0.0]], time=None)  # the finished picture
-    scorer.scales.settle()
+    scorer.scales.settle(ALONE.gather)
     # Mean squares 5 and then 1 with weights 3/4 * 1/4 and 1/4.
     assert scorer.scales.get("5", "pixel") == pytest.approx(math.sqrt((5 * 0.1875 + 1 * 0.25) / 0.4375))
     assert scorer.scales.get("6", "pixel") == pytest.approx(9)
     assert set(scorer.scales.running) == {f"{step} {name}" for step in ("5", "6", "finished") for name in scorer.names}
     before = dict(scorer.scales.running)
-    scorer.scales.settle()
+    scorer.scales.settle(ALONE.gather)
     assert scorer.scales.running == before
 
 
@@ -159,9 +160,19 @@ def test_scales_do_not_depend_on_how_the_gaps_came_in() -> None:
     whole.gather("5", "a", squares)
     for part in squares.flip(0).split(7):
         parts.gather("5", "a", part)
-    whole.settle()
-    parts.settle()
+    whole.settle(ALONE.gather)
+    parts.settle(ALONE.gather)
     assert whole.running == parts.running
+
+
+def test_scales_of_several_processes_are_those_of_one() -> None:
+    squares = torch.rand(101, generator=torch.Generator().manual_seed(1))
+    whole, half = GapScales(0.9), GapScales(0.9)
+    whole.gather("5", "a", squares)
+    whole.settle(ALONE.gather)
+    half.gather("5", "a", squares[:50])
+    half.settle(lambda own: [{"5 a": squares[50:].double().tolist()}, own])
+    assert half.running == whole.running
 
 
 def test_more_siblings_are_ranked_by_their_average_preference() -> None:
@@ -188,7 +199,7 @@ def test_a_missing_score_takes_its_picture_out_and_no_other() -> None:
         assert float(found.reward[1]) == -float(found.reward[2]) > 0
         (gradient,) = torch.autograd.grad(found.objective[1:].sum(), images)
         assert bool(gradient[1:].isfinite().all())
-        scorer.scales.settle()
+        scorer.scales.settle(ALONE.gather)
         assert scorer.scales.get("5", "pixel") == pytest.approx(2)  # of the one pair that is there
 
 
@@ -198,7 +209,7 @@ def test_guidance_follows_the_gradient_of_the_preference(rule: str) -> None:
     members = [(Pixel(0), 1.0), (Pixel(1, 100.0), 2.0), (Pixel(2), -1.0)]
     scorer = EnsembleScorer(members, Ensemble(rule=rule))  # type: ignore[arg-type]
     compared(scorer, [[0.5, 0.25, 0.0], [0.0, 0.0, 2.0]])
-    scorer.scales.settle()
+    scorer.scales.settle(ALONE.gather)
     winner, loser = [1.5, 1.0, 0.25], [0.5, 0.75, 0.5]
     images = pictures([winner, loser]).requires_grad_()
     found = scorer.compare(images, ["", ""], siblings=2, time=5)

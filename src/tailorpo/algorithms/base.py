@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 from torch import Tensor
 
@@ -20,6 +20,18 @@ from tailorpo.samplers import DDIM
 from tailorpo.step_rewards import Score
 
 Update = Literal["inline", "buffered"]
+T = TypeVar("T")
+
+
+class Gather(Protocol):
+    """Makes the values of all processes known to each of them, in order of rank."""
+
+    def __call__(self, value: T, /) -> list[T]: ...
+
+
+def alone(value: T, /) -> list[T]:
+    """The `Gather` of one process."""
+    return [value]
 
 
 @dataclass(frozen=True)
@@ -133,12 +145,14 @@ class Algorithm(Protocol):
         ...
 
     # Each method takes back what its own `collect` yielded, which a protocol without type parameters cannot say.
-    def prepare(self, stored: Sequence[Any], memory: dict[str, list[float]], /) -> Sequence[Stored]:
+    def prepare(self, stored: Sequence[Any], memory: dict[str, list[float]], gather: Gather, /) -> Sequence[Stored]:
         """The whole buffer of an update before its first epoch.
 
         Args:
-            stored: everything that was collected.
-            memory: numbers that the method keeps from update to update; saved with checkpoints.
+            stored: everything that was collected, by this process.
+            memory: numbers that the method keeps from update to update, the same in all processes; saved with
+                checkpoints.
+            gather: for what depends on the samples of all processes.
         """
         ...
 

@@ -29,7 +29,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tailorpo.algorithms.base import Cost, Shown, Update, check_counts, common_problems
+from tailorpo.algorithms.base import Cost, Gather, Shown, Update, alone, check_counts, common_problems
 from tailorpo.gaussian_step import GaussianStep
 from tailorpo.models import Conditioning
 from tailorpo.noise import Noise
@@ -249,7 +249,9 @@ class D3PO:
             )
             del at
 
-    def prepare(self, stored: Sequence[ChainPair], memory: dict[str, list[float]]) -> Sequence[ChainPair]:
+    def prepare(
+        self, stored: Sequence[ChainPair], memory: dict[str, list[float]], gather: Gather = alone
+    ) -> Sequence[ChainPair]:
         """Nothing: the pair knows its winner."""
         return stored
 

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tailorpo.algorithms.base import Cost, Shown, Update, check_counts, common_problems
+from tailorpo.algorithms.base import Cost, Gather, Shown, Update, alone, check_counts, common_problems
 from tailorpo.algorithms.d3po import Reduction
 from tailorpo.gaussian_step import GaussianStep
 from tailorpo.models import Conditioning
@@ -167,17 +167,21 @@ class DDPO:
                     advantage=torch.zeros_like(reward),
                 )
 
-    def prepare(self, stored: Sequence[Transition], memory: dict[str, list[float]]) -> Sequence[Transition]:
-        """The same transitions with their advantages; `memory` keeps each prompt's latest rewards.
+    def prepare(
+        self, stored: Sequence[Transition], memory: dict[str, list[float]], gather: Gather = alone
+    ) -> Sequence[Transition]:
+        """The same transitions with their advantages among all processes' chains; `memory` keeps each prompt's latest
+        rewards.
 
         A chain without a reward gets advantage 0 and leaves no trace.
         """
-        ends = {
+        own = {
             key: (prompt, float(reward))
             for each in stored
             for key, prompt, reward in zip(each.keys, each.prompts, each.reward, strict=True)
             if bool(reward.isfinite())
         }
+        ends = {key: end for part in gather(own) for key, end in part.items()}
         for prompt, reward in ends.values():
             memory[prompt] = [*memory.get(prompt, []), reward][-self.history :]
         batch = [reward for _, reward in ends.values()]

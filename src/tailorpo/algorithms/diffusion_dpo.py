@@ -31,7 +31,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from tailorpo.algorithms.base import Cost, Shown, Stored, Update, common_problems
+from tailorpo.algorithms.base import Cost, Gather, Shown, Stored, Update, alone, common_problems
 from tailorpo.algorithms.d3po import Reduction
 from tailorpo.gaussian_step import per_sample_sum
 from tailorpo.models import DiffusionModel
@@ -224,7 +224,9 @@ class DiffusionDPO:
             error_loser_reference=error_reference[count:],
         )
 
-    def prepare(self, stored: Sequence[Stored], memory: dict[str, list[float]]) -> Sequence[Stored]:
+    def prepare(
+        self, stored: Sequence[Stored], memory: dict[str, list[float]], gather: Gather = alone
+    ) -> Sequence[Stored]:
         """Nothing is stored."""
         return stored
 

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tailorpo.algorithms.base import Cost, Shown, Stored, Update
+from tailorpo.algorithms.base import Cost, Gather, Shown, Stored, Update, alone
 from tailorpo.noise import Noise
 from tailorpo.policy import Policy
 from tailorpo.rollout import Trajectories, step_noise
@@ -152,7 +152,9 @@ class RewardBackprop:
         trajectories.latents, trajectories.reward = x.detach(), reward.detach()
         yield Finished(steps - 1, reward)
 
-    def prepare(self, stored: Sequence[Stored], memory: dict[str, list[float]]) -> Sequence[Stored]:
+    def prepare(
+        self, stored: Sequence[Stored], memory: dict[str, list[float]], gather: Gather = alone
+    ) -> Sequence[Stored]:
         """Nothing is stored."""
         return stored
 

@@ -32,7 +32,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tailorpo.algorithms.base import Cost, Update, check_counts, common_problems
+from tailorpo.algorithms.base import Cost, Gather, Update, alone, check_counts, common_problems
 from tailorpo.algorithms.d3po import Reduction
 from tailorpo.algorithms.pairs import CandidatePair, StoredCandidates, candidate_log_ratios
 from tailorpo.noise import Noise
@@ -156,7 +156,9 @@ class SPO:
             on_step=on_step,
         )
 
-    def prepare(self, stored: Sequence[StoredCandidates], memory: dict[str, list[float]]) -> Sequence[StoredCandidates]:
+    def prepare(
+        self, stored: Sequence[StoredCandidates], memory: dict[str, list[float]], gather: Gather = alone
+    ) -> Sequence[StoredCandidates]:
         """The pairs that were kept."""
         kept = [each.rows(each.valid.nonzero()[:, 0]) for each in stored]
         return [each for each in kept if len(each)]

@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tailorpo.algorithms.base import Cost, Update, check_counts, common_problems
+from tailorpo.algorithms.base import Cost, Gather, Update, alone, check_counts, common_problems
 from tailorpo.algorithms.pairs import Pair, StoredPairs, pair_logit
 from tailorpo.gaussian_step import GaussianStep
 from tailorpo.guidance import Guidance, length
@@ -194,7 +194,9 @@ class TailorPO:
             on_step=on_step,
         )
 
-    def prepare(self, stored: Sequence[StoredPairs], memory: dict[str, list[float]]) -> Sequence[StoredPairs]:
+    def prepare(
+        self, stored: Sequence[StoredPairs], memory: dict[str, list[float]], gather: Gather = alone
+    ) -> Sequence[StoredPairs]:
         """Nothing: a pair is labelled when it is drawn."""
         return stored
 

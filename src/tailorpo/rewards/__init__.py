@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
+from tailorpo._distributed import find_device
 from tailorpo.rewards.aesthetic import Aesthetic
 from tailorpo.rewards.clip_preference import ClipPreference, EmojiJudge, EmojiPreference
 from tailorpo.rewards.clip_score import ClipScore
@@ -60,10 +61,17 @@ RewardConfig = BuiltinReward | CustomReward
 
 @dataclass(frozen=True, kw_only=True)
 class RewardEntry:
-    """One summand of the score of a run."""
+    """One summand of the score of a run.
+
+    Attributes:
+        device: where the reward computes, such as cuda:1 or cpu; null for where the model does. Several processes on a
+            machine share it, with a copy of the reward each.
+    """
 
     reward: RewardConfig
     weight: float = 1.0
+    # Where a reward computes is no part of what is trained: a run may be resumed on another machine.
+    device: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         """Raise ValueError for a weight that is not finite."""
@@ -79,10 +87,11 @@ def load_scorer(
     ensemble: Ensemble | None = None,
 ) -> Scorer:
     """Load every entry's reward on the device and put them into one Scorer."""
-    members: list[tuple[Reward, float]] = [(entry.reward.load(device), entry.weight) for entry in entries]
+    devices = [find_device(entry.device) if entry.device else torch.device(device) for entry in entries]
+    members = [(entry.reward.load(own), entry.weight) for entry, own in zip(entries, devices, strict=True)]
     if ensemble is not None:
-        return EnsembleScorer(members, ensemble, on_invalid=on_invalid)
-    return Scorer(members, on_invalid=on_invalid)
+        return EnsembleScorer(members, ensemble, on_invalid=on_invalid, devices=devices)
+    return Scorer(members, on_invalid=on_invalid, devices=devices)
 
 
 @dataclass(frozen=True, kw_only=True)

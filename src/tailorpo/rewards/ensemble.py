@@ -29,6 +29,7 @@ so is `pareto`; averaging weights of reward models (WARM), which needs one archi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,6 +37,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+Squares = dict[str, list[float]]
 Rule = Literal["mean", "worst_case", "uncertainty", "majority", "pareto", "soft_vote"]
 
 
@@ -151,15 +153,15 @@ class GapScales:
     """The running scale of every member's gaps at every step.
 
     Within an update the scales stand still; `settle` takes in what was gathered. They therefore depend on the updates
-    before and on nothing else: not on `batch.micro`, nor on who of several processes saw which trajectory, as long as
-    all squares are gathered before `settle`, whose sum is exact and has no order.
+    before and on nothing else: not on `batch.micro`, nor on which of several processes saw which trajectory, for the
+    sum of squares is exact and has no order.
     """
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
         self.running: dict[str, list[float]] = {}
         """By "step member": running mean of squared gaps and running weight, both started at zero; what is saved."""
-        self._gathered: dict[str, list[float]] = {}
+        self._gathered: Squares = {}
 
     def get(self, step: str, member: str) -> float | None:
         """The scale, or None while there is none: before the step's first update, or where all gaps were zero."""
@@ -170,9 +172,17 @@ class GapScales:
         """Take note of squared gaps, (N,)."""
         self._gathered.setdefault(f"{step} {member}", []).extend(map(float, squares.double()))
 
-    def settle(self) -> None:
-        """Take in what was gathered since the last time; without anything, nothing changes."""
-        for key, squares in self._gathered.items():
+    def settle(self, gather: Callable[[Squares], list[Squares]]) -> None:
+        """Take in what was gathered since the last time; without anything, nothing changes.
+
+        Args:
+            gather: returns what every process that shares the update passes to it, this one's among them.
+        """
+        joined: Squares = {}
+        for part in gather(self._gathered):
+            for key, squares in part.items():
+                joined.setdefault(key, []).extend(squares)
+        for key, squares in joined.items():
             mean, weight = self.running.get(key, (0.0, 0.0))
             latest = math.fsum(squares) / len(squares)
             self.running[key] = [

@@ -90,9 +90,10 @@ class EnsembleScorer(Scorer):
         ensemble: Ensemble,
         *,
         on_invalid: Literal["stop", "skip"] = "stop",
+        devices: Sequence[torch.device] = (),
     ) -> None:
         """As `Scorer`; raises ValueError for fewer than two members or a weight of zero."""
-        super().__init__(members, on_invalid=on_invalid)
+        super().__init__(members, on_invalid=on_invalid, devices=devices)
         if len(members) < 2 or not all(weight for _, weight in members):
             raise ValueError("an ensemble needs at least two rewards, and none of weight 0")
         self.ensemble = ensemble

@@ -55,9 +55,14 @@ class Scorer:
     """
 
     def __init__(
-        self, members: Sequence[tuple[Reward, float]], *, on_invalid: Literal["stop", "skip"] = "stop"
+        self,
+        members: Sequence[tuple[Reward, float]],
+        *,
+        on_invalid: Literal["stop", "skip"] = "stop",
+        devices: Sequence[torch.device] = (),
     ) -> None:
-        """Take (reward, weight) pairs; `on_invalid` says what a NaN or infinite score does: stop, or become a NaN row.
+        """Take (reward, weight) pairs; `on_invalid` says what a NaN or infinite score does: stop, or become a NaN row;
+        `devices` where each reward wants its pictures, if not where they are.
 
         Raises ValueError without members or with a weight that is not finite.
         """
@@ -67,6 +72,7 @@ class Scorer:
             if not math.isfinite(weight):
                 raise ValueError(f"the weight of reward {reward.name!r} has to be a finite number, not {weight}")
         self.members = tuple(members)
+        self.devices: tuple[torch.device | None, ...] = tuple(devices) or (None,) * len(members)
         self.on_invalid: Literal["stop", "skip"] = on_invalid
         self.queries = 0
         """Pictures scored so far (a picture scored by several members counts once)."""
@@ -139,7 +145,10 @@ class Scorer:
             )
         gradient = torch.is_grad_enabled() and images.requires_grad
         rewards = [reward if time is None else _at(reward, time) for reward, _ in self.members]
-        scores = [_score(reward, images, tuple(prompts), gradient=gradient) for reward in rewards]
+        scores = [
+            _score(reward, images, tuple(prompts), gradient=gradient, device=device)
+            for reward, device in zip(rewards, self.devices, strict=True)
+        ]
         for (reward, _), score in zip(self.members, scores, strict=True):
             wrong = ~torch.isfinite(score.detach())
             if self.on_invalid == "stop" and bool(wrong.any()):
@@ -155,14 +164,16 @@ def _at(reward: Reward, time: int) -> Reward:
     return reward.at(time) if isinstance(reward, StepAware) else reward
 
 
-def _score(reward: Reward, images: Tensor, prompts: tuple[str, ...], *, gradient: bool) -> Tensor:
+def _score(
+    reward: Reward, images: Tensor, prompts: tuple[str, ...], *, gradient: bool, device: torch.device | None
+) -> Tensor:
     """One member's (B,) float32 scores on the device of the images."""
     if gradient and not reward.differentiable:
         raise RewardError(
             f"reward {reward.name!r} has no gradient, and one was asked for. Take a differentiable reward "
             "(`tailorpo rewards` lists them) or an algorithm without reward gradients (algorithm.guidance=null)."
         )
-    given = images if gradient else images.detach()
+    given = (images if gradient else images.detach()).to(device or images.device)
     try:
         with torch.set_grad_enabled(gradient):
             score = reward(given, prompts)

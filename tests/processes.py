@@ -1,0 +1,196 @@
+"""Several processes of one run, forked with everything imported and connected by gloo, as a launcher would start them.
+
+What a test records or breaks in them is named by a function of this module that is called in every process first.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tiny_run import tailorpo
+from torch import Tensor
+
+from tailorpo import _distributed
+from tailorpo._distributed import Processes, open_processes
+from tailorpo.progress import Silent
+from tailorpo.run import Run
+from tailorpo.rundir import RunDirectory
+from tailorpo.train import Session, train
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one process ended, and what it printed."""
+
+    exit_code: int
+    output: str
+
+
+@cache
+def context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    names = ("cli", "train", "evaluate", "report", "models.sd")
+    context.set_forkserver_preload([*(f"tailorpo.{name}" for name in names), "accelerate", "peft", "safetensors.torch"])
+    warm = context.Process(target=int)
+    warm.start()
+    warm.join()
+    return context
+
+
+def start(
+    count: int,
+    folder: Path,
+    work: Callable[..., int],
+    *arguments: Any,
+    prepare: Callable[[], None] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> list[Any]:
+    """Start `count` processes that do `work(*arguments)` and print into the folder."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    started = []
+    for rank in range(count):
+        named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        named |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TAILORPO_DEVICE": "cpu", "RECORDS": folder}
+        variables = {name: str(value) for name, value in named.items()} | dict(environment or {})
+        process = context().Process(target=_run, args=(work, arguments, prepare, variables, folder / f"{rank}.txt"))
+        process.start()
+        started.append(process)
+    return started
+
+
+def end(started: list[Any], folder: Path, *, within: float = 120) -> list[Ended]:
+    """Wait for the processes; one that is still there is killed, and that is a failure."""
+    for process in started:
+        process.join(within)
+    hanging = [process for process in started if process.is_alive()]
+    for process in hanging:
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    assert not hanging, f"{len(hanging)} of {len(started)} processes hang"
+    outputs = [folder / f"{rank}.txt" for rank in range(len(started))]
+    return [
+        Ended(process.exitcode, path.read_text() if path.exists() else "")
+        for process, path in zip(started, outputs, strict=True)
+    ]
+
+
+def run(count: int, folder: Path, work: Callable[..., int], *arguments: Any, **options: Any) -> list[Ended]:
+    """Start the processes and wait for them."""
+    return end(start(count, folder, work, *arguments, **options), folder)
+
+
+def _run(
+    work: Callable[..., int],
+    arguments: tuple[Any, ...],
+    prepare: Callable[[], None] | None,
+    variables: dict[str, str],
+    output: Path,
+) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"OMP_NUM_THREADS": "1", **variables}
+    sys.stdout = sys.stderr = output.open("w", buffering=1)
+    try:
+        if prepare:
+            prepare()
+        code = work(*arguments)
+    except SystemExit as error:
+        code = int(error.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        code = 99
+    sys.stdout.flush()
+    os._exit(code)
+
+
+# What the processes do.
+
+
+def command(*arguments: str) -> int:
+    """A command of the command line."""
+    result = tailorpo(*arguments)
+    sys.stdout.write(result.output)
+    return result.exit_code
+
+
+def training(data: dict[str, Any], path: Path) -> int:
+    """The training of a run alone, without an evaluation."""
+    settings = Run.from_dict(data)
+    with open_processes() as processes:
+        directory = RunDirectory.create(path, settings) if processes.main else RunDirectory(path)
+        train(settings, directory, reporter=Silent(), processes=processes)
+    return 0
+
+
+# What is recorded or broken in them.
+
+
+def record() -> None:
+    """Write what every process draws, and the parameters it comes to, into the folder $RECORDS."""
+    _distributed.BUFFER = 1000  # more than one buffer for the tiny model's adapter
+    folder, rank = Path(os.environ["RECORDS"]), os.environ["RANK"]
+    final_reward, save = Session.final_reward, Session.save
+    drawn: dict[str, Tensor] = {}
+
+    def drawing(session: Session, trajectories: Any) -> Tensor:
+        for key, prompt, latents in zip(trajectories.keys, trajectories.prompts, trajectories.latents, strict=True):
+            drawn[f"{key[1]} {prompt}"] = latents.clone()
+        save_file(drawn, folder / f"drawn-{rank}.safetensors")
+        return final_reward(session, trajectories)
+
+    def saving(session: Session, update: int) -> None:
+        save_file(session.learner.tensors(), folder / f"parameters-{rank}-{update}.safetensors")
+        save(session, update)
+
+    Session.final_reward, Session.save = drawing, saving
+
+
+def without_reduction() -> None:
+    """Every process steps with its own gradient, as in code that forgets to synchronise."""
+    record()
+    Processes.reduce_gradients = lambda self, parameters, loss: loss
+
+
+# Rewards that end in the process and at the call that $STRIKE names: "kill 1 3" is the third call in process 1.
+
+_calls = 0
+
+
+def striking(images: Tensor, prompts: Any) -> Tensor:
+    global _calls
+    _calls += 1
+    kind, rank, call = os.environ["STRIKE"].split()
+    if (os.environ["RANK"], str(_calls)) == (rank, call):
+        if kind == "raise":
+            raise RuntimeError("the reward server is out")
+        os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[kind])
+    return images.mean((1, 2, 3))
+
+
+class Striking:
+    """The same, for guidance."""
+
+    differentiable = True
+
+    def __call__(self, images: Tensor, prompts: Any) -> Tensor:
+        return striking(images, prompts)
+
+
+def missing_in_process_1() -> Any:
+    if os.environ["RANK"] == "1":
+        raise FileNotFoundError("weights.safetensors")
+    return Striking()
