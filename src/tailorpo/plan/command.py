@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import cast
 
 import torch
 import typer
@@ -43,9 +42,8 @@ def show_plan(
     names = [*DEVICES, *_HERE]
     if device is not None and device not in names:
         raise UserError(f"--device {device}: known are {', '.join(names)}{did_you_mean(device, names)}")
-    chosen = cast(Architecture | None, architecture)
-    plan = make_plan(run, architecture=chosen, measure=measure)
-    estimates = _estimates(plan, device, efficiency=efficiency, architecture=chosen)
+    plan = make_plan(run, architecture=architecture, measure=measure)
+    estimates = _estimates(plan, device, efficiency=efficiency, architecture=architecture)
     if console is None:
         typer.echo(json.dumps(to_dict(plan, estimates, price=price), indent=2))
     else:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
@@ -65,7 +66,9 @@ def this_device(device: torch.device, dtype: DType) -> Device:
     """The present machine: its fastest matrix product in the network's dtype and in float32, in a second or two."""
     kinds: tuple[DType, ...] = (dtype, "float32")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this machine's {device.type}"
-    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    memory: float | None = None
+    if device.type == "cuda":
+        memory = float(cast(Any, torch.cuda.get_device_properties(device)).total_memory)
     return Device(name, {kind: matmul_rate(device, kind) for kind in kinds}, memory, measured=True)
 
 

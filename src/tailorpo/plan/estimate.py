@@ -105,7 +105,7 @@ class Plan:
 
     def on(self, device: Device, *, efficiency: float | None = None) -> Estimate:
         """Hours on a device, at an assumed share of its peak."""
-        shares = {dtype: efficiency or share for dtype, share in EFFICIENCY.items()}
+        shares: dict[DType, float] = {dtype: efficiency or share for dtype, share in EFFICIENCY.items()}
         missing = {work.dtype for work in self.work if work.count} - device.peak.keys()
         fits = None if device.memory is None else self.peak_bytes <= HEADROOM * device.memory
         if missing:

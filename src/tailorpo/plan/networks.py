@@ -223,7 +223,7 @@ def _clip_reward(
     from transformers import CLIPVisionModelWithProjection
 
     config = CLIPConfig(**found)
-    vision: Any = config.vision_config
+    vision = cast(Any, config.vision_config)
     vision.projection_dim = config.projection_dim
     preprocess = ClipPreprocess(vision.image_size, device)
     with torch.device(device):
