@@ -23,11 +23,11 @@ from common import RESULTS, observe, save
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from tailorpo.plan import Plan, _Parts, make_plan  # pyright: ignore[reportPrivateUsage]
+from tailorpo.plan import Parts, Plan, make_plan
 from tailorpo.plan.accounting import unit_costs
 from tailorpo.run import Run
 
-TAILORPO = {"name": "tailorpo", "train_steps": 2}
+TAILORPO = {"name": "tailorpo", "train_steps": 3}
 VARIANTS: dict[str, dict[str, Any]] = {
     "TailorPO, inline": TAILORPO,
     "TailorPO, buffered": {**TAILORPO, "update": "buffered"},
@@ -62,16 +62,16 @@ CPU_ATTENTION: dict[Any, Any] = {
 
 
 def recipe(algorithm: dict[str, Any]) -> Run:
-    """Six steps on the miniature, its preference as reward."""
+    """Eight steps on the miniature, its preference as reward."""
     return Run.from_dict(
         {
             "updates": 100,
             "model": {"path": "emoji", "lora": {"rank": 8, "targets": "attention+conv"}},
-            "sampler": {"steps": 6, "guidance_scale": 1.5},
+            "sampler": {"steps": 8, "guidance_scale": 1.5},
             "algorithm": algorithm,
             "reward": {"name": "emoji_preference"},
             "prompts": {"list": ["a cat", "a dog"]},
-            "batch": {"trajectories": 2, "micro": 2},
+            "batch": {"trajectories": 4, "micro": 2},
         }
     )
 
@@ -129,7 +129,7 @@ def per_update(plan: Plan) -> float:
 
 def time_ratio(real: Real, plan: Plan, repeats: int) -> dict[str, Any]:
     """CPU seconds of an update over those predicted from timed calls, in turns."""
-    parts = _Parts.build(real.run, "cpu", architecture=None, measure=False)
+    parts = Parts.build(real.run, "cpu", architecture=None, measure=False)
     rows = real.run.batch.micro * plan.cost.scored_rows
     pairs: list[tuple[float, float]] = []
 
@@ -162,7 +162,7 @@ def main() -> None:
     torch.set_num_threads(1)
     columns = ("operations, predicted / counted", "peak memory, predicted / measured", "CPU time, predicted / measured")
     lines = [
-        f"| miniature, 6 steps, 2 trajectories at once | {' | '.join(columns)} |",
+        f"| miniature, 8 steps, 4 trajectories in twos | {' | '.join(columns)} |",
         "| --- | ---: | ---: | ---: |",
     ]
     results: list[dict[str, Any]] = []
@@ -191,7 +191,7 @@ def main() -> None:
         )
         print(lines[-1], flush=True)
     table = "\n".join(lines) + "\n"
-    save("plan", {"results": results})
+    save("plan", {"repeats": options.repeats, "results": results})
     (RESULTS / "plan.md").write_text(table, encoding="utf-8")
 
 

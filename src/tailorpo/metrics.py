@@ -25,13 +25,13 @@ class UpdateMetrics:
         self._final: list[Tensor] = []
 
     def add(self, sample: Sample) -> None:
-        """Take note of one batch."""
-        figures = {name: value.detach().cpu() for name, value in sample.figures().items()}
+        """Take note of one batch; the numbers stay on the device until `summary`, so that nothing waits for it."""
+        figures = {name: value.detach() for name, value in sample.figures().items()}
         self._rows.setdefault(sample.k, []).append(figures)
 
     def add_final(self, reward: Tensor) -> None:
         """Take note of the rewards of finished pictures, (B,)."""
-        self._final.append(reward.detach().cpu())
+        self._final.append(reward.detach())
 
     def summary(self, *, times: Tensor) -> dict[str, Any]:
         """The figures of the update; null where no row had its rewards.
@@ -40,14 +40,15 @@ class UpdateMetrics:
             times: the network's time at each step, (K,).
         """
         by_step = {
-            k: {name: torch.cat([row[name] for row in rows]) for name in rows[0]} for k, rows in self._rows.items()
+            k: {name: torch.cat([row[name] for row in rows]).cpu() for name in rows[0]}
+            for k, rows in self._rows.items()
         }
         names = next(iter(by_step.values())).keys()
         every = {name: torch.cat([values[name] for values in by_step.values()]) for name in names}
         present = every.pop("present")
         ties = every.pop("tie", None)
         result: dict[str, Any] = {name: _mean(values, present) for name, values in every.items()}
-        finals = torch.cat(self._final)
+        finals = torch.cat(self._final).cpu()
         result["reward_final"] = _mean(finals, finals.isfinite())
         if "kl" in every:
             step_kls = [_mean(values["kl"], torch.ones_like(values["present"])) for values in by_step.values()]

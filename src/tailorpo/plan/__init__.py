@@ -43,26 +43,17 @@ def make_plan(run: Run, *, architecture: Architecture | None = None, measure: bo
     Raises:
         UserError: config.json files, prompts or a reward cannot be used.
     """
-    parts = _Parts.build(run, "meta", architecture=architecture, measure=measure)
+    parts = Parts.build(run, "meta", architecture=architecture, measure=measure)
     _, cost = trajectory_cost(run)
     units = unit_costs(parts.calls, operations, judge=parts.judge)
     rewards = [*parts.rewards, *([parts.judge] if parts.judge else [])]
-    moments = _moments(run, parts.calls, cost)
-    adapter = tensor_bytes(parts.calls.model.trainable().values())
-    model = parts.calls.model
-    memory = {
-        "denoising network": tensor_bytes(model.unet.parameters()) - adapter,
-        "VAE": tensor_bytes(model.vae.parameters()),
-        "text encoders": sum(tensor_bytes(encoder.parameters()) for encoder in parts.network.text_encoders),
-        "rewards": sum(tensor_bytes(part.parameters()) for reward in rewards for part in reward.modules),
-        "adapter, its gradient, Adam's moments": 4 * adapter,
-        "activations, at most": max(moments.values()),
-    }
+    moments = {name: peak_bytes(phase) for name, phase in phases(run, parts.calls, cost).items()}
+    memory = parts.standing_bytes() | {"activations, at most": max(moments.values())}
     assumed = [parts.network.assumption, *(reward.assumption for reward in rewards)]
     return Plan(
         run,
         network=parts.network.title,
-        picture=model.picture_shape[-1],
+        picture=parts.calls.model.picture_shape[-1],
         cost=cost,
         work=_work(run, cost, units),
         memory=memory,
@@ -72,20 +63,22 @@ def make_plan(run: Run, *, architecture: Architecture | None = None, measure: bo
     )
 
 
-def measure_here(plan: Plan, device: torch.device, *, architecture: Architecture | None = None) -> Estimate:
+def measure_here(
+    plan: Plan, device: torch.device, *, architecture: Architecture | None = None, measure: bool = False
+) -> Estimate:
     """Time the plan's own calls on this machine; a matrix product instead where they would take more than a minute."""
     here = this_device(device, plan.run.model.dtype)
     rows = max(plan.run.batch.micro * plan.cost.scored_rows, 1)
     rough = sum(work.operations / here.peak[work.dtype] for work in plan.work) * rows * 4
     if rough > _LONGEST:
         return plan.on(here)
-    parts = _Parts.build(plan.run, device, architecture=architecture, measure=False)
+    parts = Parts.build(plan.run, device, architecture=architecture, measure=measure)
     timed = unit_costs(parts.calls, lambda call: seconds(call, device), rows=rows, judge=parts.judge)
     return plan.timed(here, timed)
 
 
 @dataclass(frozen=True)
-class _Parts:
+class Parts:
     """Networks of a run with random weights, and the calls that are made of them."""
 
     network: Network
@@ -94,12 +87,25 @@ class _Parts:
     calls: Calls
 
     @classmethod
-    def build(cls, run: Run, device: torch.device | str, *, architecture: Architecture | None, measure: bool) -> _Parts:
+    def build(cls, run: Run, device: torch.device | str, *, architecture: Architecture | None, measure: bool) -> Parts:
         network = build_network(run.model, device, architecture=architecture)
         rewards = [build_reward(entry.reward, device, load=measure) for entry in run.reward]
         judge = build_reward(run.eval.judge, device, load=measure) if run.eval.judge else None
         scale = run.sampler.guidance_scale
         return cls(network, rewards, judge, Calls(network, rewards, guidance_scale=scale))
+
+    def standing_bytes(self) -> dict[str, int]:
+        """What is in memory all the time, by what it holds."""
+        model, judge = self.calls.model, [self.judge] if self.judge else []
+        adapter = tensor_bytes(model.trainable().values())
+        modules = [module for reward in [*self.rewards, *judge] for module in reward.modules]
+        return {
+            "denoising network": tensor_bytes(model.unet.parameters()) - adapter,
+            "VAE": tensor_bytes(model.vae.parameters()),
+            "text encoders": sum(tensor_bytes(encoder.parameters()) for encoder in self.network.text_encoders),
+            "rewards": sum(tensor_bytes(module.parameters()) for module in modules),
+            "adapter, its gradient, Adam's moments": 4 * adapter,
+        }
 
 
 def _work(run: Run, cost: Cost, units: dict[str, float]) -> tuple[Work, ...]:
@@ -134,8 +140,8 @@ def _work(run: Run, cost: Cost, units: dict[str, float]) -> tuple[Work, ...]:
     )
 
 
-def _moments(run: Run, calls: Calls, cost: Cost) -> dict[str, int]:
-    """The most bytes that each part of a run allocates, as its calls hold them together."""
+def phases(run: Run, calls: Calls, cost: Cost) -> dict[str, Callable[[], None]]:
+    """The parts of a run whose memory differs, each a function that holds together what training holds together."""
     algorithm, micro = run.algorithm, run.batch.micro
     trainable = list(calls.model.trainable().values())
     guided = Calls(calls.network, calls.rewards, guidance_scale=calls.guidance_scale if cost.guided else 1.0)
@@ -165,12 +171,9 @@ def _moments(run: Run, calls: Calls, cost: Cost) -> dict[str, int]:
         with torch.no_grad():
             calls.scoring(run.eval.batch_size, pictures=False, latents=False)
 
-    phases: dict[str, Callable[[], None]] = {"evaluation": evaluation}
     if algorithm.update == "inline":
-        phases |= {"collect and train": inline if trainable else score}
-    else:
-        phases |= {"collect": score, "train": minibatch}
-    return {name: peak_bytes(phase) for name, phase in phases.items()}
+        return {"evaluation": evaluation, "collect and train": inline if trainable else score}
+    return {"evaluation": evaluation, "collect": score, "train": minibatch}
 
 
 def _not_counted(run: Run, rewards: list[RewardNetwork]) -> tuple[str, ...]:
@@ -191,4 +194,4 @@ def _not_counted(run: Run, rewards: list[RewardNetwork]) -> tuple[str, ...]:
     return tuple(lines)
 
 
-__all__ = ["Estimate", "Phase", "Plan", "Work", "make_plan", "measure_here"]
+__all__ = ["Estimate", "Parts", "Phase", "Plan", "Work", "make_plan", "measure_here", "phases"]

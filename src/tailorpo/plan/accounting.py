@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -135,8 +136,9 @@ class Calls:
 
     def score(self, reward: RewardNetwork, rows: int, *, gradient: bool = False) -> None:
         """One reward of pictures, and the gradient of the pictures."""
-        shape = (rows, *self.model.picture_shape)
-        pictures = torch.zeros(shape, device=self.model.device, requires_grad=gradient)
+        shape, device = (rows, *self.model.picture_shape), "cpu" if reward.loaded else self.model.device
+        gradient = gradient and reward.differentiable
+        pictures = torch.zeros(shape, device=device, requires_grad=gradient)
         if reward.score is not None:
             _scalar(reward.score, pictures, gradient=gradient)
 
@@ -151,7 +153,7 @@ class Calls:
             images = self.model.decode(clean)
             total = images.flatten(1).mean(1)
             for reward in self.rewards:
-                if reward.score is not None:
+                if reward.score is not None and not reward.loaded:
                     total = total + reward.score(images)
             if pictures:
                 torch.autograd.grad(total.sum(), x)
@@ -167,7 +169,8 @@ def _scalar(function: Callable[[Tensor], Tensor], x: Tensor, *, gradient: bool) 
 def operations(call: Callable[[], object]) -> float:
     """Floating-point operations of a call."""
     meter = Operations()
-    with FusedAttention(), meter:
+    # Attention that runs on a CPU is counted by its matrix products; the formulas do not know its fused kernel.
+    with sdpa_kernel(SDPBackend.MATH), FusedAttention(), meter:
         call()
     return float(meter.total)
 

@@ -43,7 +43,7 @@ def show_plan(
     if device is not None and device not in names:
         raise UserError(f"--device {device}: known are {', '.join(names)}{did_you_mean(device, names)}")
     plan = make_plan(run, architecture=architecture, measure=measure)
-    estimates = _estimates(plan, device, efficiency=efficiency, architecture=architecture)
+    estimates = _estimates(plan, device, efficiency=efficiency, architecture=architecture, measure=measure)
     if console is None:
         typer.echo(json.dumps(to_dict(plan, estimates, price=price), indent=2))
     else:
@@ -51,10 +51,10 @@ def show_plan(
 
 
 def _estimates(
-    plan: Plan, device: str | None, *, efficiency: float | None, architecture: Architecture | None
+    plan: Plan, device: str | None, *, efficiency: float | None, architecture: Architecture | None, measure: bool
 ) -> list[Estimate]:
     if device in _HERE:
         here = torch.device("cpu") if device == "cpu" else pick_device()
-        return [measure_here(plan, here, architecture=architecture)]
+        return [measure_here(plan, here, architecture=architecture, measure=measure)]
     chosen = DEVICES if device is None else {device: DEVICES[device]}
     return [plan.on(each, efficiency=efficiency) for each in chosen.values()]

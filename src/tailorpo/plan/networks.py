@@ -175,6 +175,8 @@ class RewardNetwork:
         modules: what holds its weights.
         assumption: what was assumed about it, in words.
         known: False where nobody can say what it costs.
+        loaded: it is the reward itself, on the CPU, and not a copy of its networks.
+        differentiable: whether there is a gradient to count.
     """
 
     name: str
@@ -182,6 +184,8 @@ class RewardNetwork:
     modules: tuple[nn.Module, ...] = ()
     assumption: str | None = None
     known: bool = True
+    loaded: bool = False
+    differentiable: bool = True
 
 
 def build_reward(config: RewardConfig, device: torch.device | str, *, load: bool = False) -> RewardNetwork:
@@ -208,12 +212,13 @@ def build_reward(config: RewardConfig, device: torch.device | str, *, load: bool
     if "vision_config" not in found:
         if not load:
             return RewardNetwork(name, known=False)
-        reward = config.load(device)
+        reward = config.load("cpu")
 
         def score(images: Tensor) -> Tensor:
             return reward(images, [""] * len(images))
 
-        return RewardNetwork(name, score, assumption=f"reward {name} was loaded and called")
+        assumption = f"reward {name} was loaded and called; its memory is not counted"
+        return RewardNetwork(name, score, assumption=assumption, loaded=True, differentiable=reward.differentiable)
     return _clip_reward(name, found, device, head=aesthetic, assumption=assumption)
 
 
