@@ -11,13 +11,13 @@ import torch
 from tiny import save_tiny_model
 from tiny_run import refused, settings, tailorpo, write_recipe
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from tailorpo.models import LoRA, ModelConfig
 from tailorpo.optimizer import Learner
 from tailorpo.plan import Plan, make_plan
 from tailorpo.plan.accounting import Calls, Operations, peak_bytes, unit_costs
+from tailorpo.plan.accounting import operations as count
 from tailorpo.plan.devices import DEVICES
 from tailorpo.plan.display import duration, operations, size_text
 from tailorpo.plan.networks import Architecture, build_network, build_reward
@@ -29,6 +29,13 @@ from tailorpo.rundir import RunDirectory
 from tailorpo.train import Session
 
 SIGMA = {"form": "sigma", "k": 1.0}
+ATEN: Any = torch.ops.aten
+CPU_ATTENTION = {  # torch's counter leaves the CPU's fused attention out
+    ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
+        g, q, k, v
+    ),
+}
 
 
 def parameters(*modules: Any) -> int:
@@ -97,18 +104,12 @@ def test_unit_costs_add_up_to_one_measurement() -> None:
     network = build_network(ModelConfig(path="emoji", lora=LoRA(rank=2)), "meta")
     calls = Calls(network, [build_reward(EmojiPreference(), "meta")], guidance_scale=3.0)
 
-    def operations_(call: Any) -> float:
-        counter = FlopCounterMode(display=False)
-        with counter:
-            call()
-        return counter.get_total_flops()
-
-    one, three = unit_costs(calls, operations_), unit_costs(calls, operations_, rows=3)
+    one, three = unit_costs(calls, count), unit_costs(calls, count, rows=3)
     for name, value in one.items():
         assert three[name] == pytest.approx(value, rel=1e-9), name
     assert all(value > 0 for name, value in one.items() if name != "judge")
     # Twice the rows: with guidance two latents go through.
-    plain = unit_costs(Calls(network, [], guidance_scale=1.0), operations_)
+    plain = unit_costs(Calls(network, [], guidance_scale=1.0), count)
     assert one["forward"] == 2 * plain["forward"]
     assert one["forward"] > one["reference forward"]
 
@@ -139,12 +140,10 @@ def test_predicted_operations_are_those_of_a_real_update(name: str, tiny_folder:
     plan = make_plan(run)
     session = _session(run, tmp_path)
     session.policy.model.encode(session.prompts)
-    counter = FlopCounterMode(display=False)
-    # By matrix products: torch's counter does not know the CPU's fused attention.
-    with sdpa_kernel(SDPBackend.MATH), counter:
+    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    with counter:
         session.update(20)
-    # The plan counts the scores of attention twice in a backward pass, as fused kernels compute them.
-    assert plan.operations("training") / run.updates == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert plan.operations("training") / run.updates == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
 def _session(run: Run, folder: Path) -> Session:

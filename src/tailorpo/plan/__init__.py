@@ -165,7 +165,8 @@ def phases(run: Run, calls: Calls, cost: Cost) -> dict[str, Callable[[], None]]:
             graphs.pop().sum().backward()
 
     def minibatch() -> None:
-        graph(algorithm.minibatch * cost.graph_rows).sum().backward()
+        rows = min(algorithm.minibatch, micro)  # minibatches are cut from what was collected at once
+        graph(rows * cost.graph_rows).sum().backward()
 
     def evaluation() -> None:
         with torch.no_grad():
