@@ -33,9 +33,9 @@ _LOOP = (
 )
 
 
-def trajectory_cost(run: Run) -> tuple[tuple[int, ...], Cost]:
-    """The trained steps of the first update, and what one trajectory of it costs."""
-    trained = run.algorithm.trained_steps(run.sampler.steps, noise=Noise(run.seed), update=0)
+def trajectory_cost(run: Run, *, update: int = 0) -> tuple[tuple[int, ...], Cost]:
+    """The trained steps of an update, and what one trajectory of it costs."""
+    trained = run.algorithm.trained_steps(run.sampler.steps, noise=Noise(run.seed), update=update)
     return trained, run.algorithm.cost(run.sampler.steps, trained)
 
 

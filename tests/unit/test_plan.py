@@ -28,6 +28,7 @@ from tailorpo.run import Run
 from tailorpo.rundir import RunDirectory
 from tailorpo.train import Session
 
+SD15 = "recipes/sd15_aesthetic_tailorpo_g.yaml"
 SIGMA = {"form": "sigma", "k": 1.0}
 ATEN: Any = torch.ops.aten
 CPU_ATTENTION = {  # torch's counter leaves the CPU's fused attention out
@@ -170,7 +171,7 @@ def test_hours_and_fit_follow_from_the_formula(tiny_folder: Path) -> None:
 
 
 def test_without_a_single_weight_the_recipe_of_sd15_can_be_planned() -> None:
-    result = tailorpo("plan", "recipes/sd15_aesthetic_tailorpo_g.yaml", "--device", "a100", "--price", "2", "--json")
+    result = tailorpo("plan", SD15, "algorithm.offset=centred", "--device", "a100", "--price", "2", "--json")
     plan = json.loads(result.output)
     counts = {work["kind"]: work["count"] for work in plan["work"] if work["phase"] == "training"}
     assert counts == {

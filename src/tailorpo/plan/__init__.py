@@ -28,6 +28,8 @@ from tailorpo.plan.networks import Architecture, Network, RewardNetwork, build_n
 from tailorpo.prompts import load_prompts
 from tailorpo.run import Run
 
+_UPDATES = 200
+"""Updates that random trained steps are averaged over."""
 _LONGEST = 60.0
 """Seconds that the calls may take on this machine to be timed one by one."""
 
@@ -110,12 +112,19 @@ class Parts:
 
 def _work(run: Run, cost: Cost, units: dict[str, float]) -> tuple[Work, ...]:
     """How many calls of each kind there are."""
+    # Where the trained steps are drawn anew for every update, these are means over updates.
+    costs = [trajectory_cost(run, update=update)[1] for update in range(min(run.updates, _UPDATES))]
+
+    def mean(number: Callable[[Cost], int]) -> float:
+        return sum(map(number, costs)) / len(costs)
+
     # Without guidance a forward is worth as much less as fewer latents go through the network.
     worth = 1 if cost.guided else run.sampler.evaluations_per_forward
     seen = load_prompts(run.eval.prompts_seen or run.prompts)
     unseen = load_prompts(run.eval.prompts_unseen) if run.eval.prompts_unseen else ()
     pictures = 2 * (len(seen) + len(unseen)) * run.eval.seeds
     forwards = pictures // 2 * run.sampler.steps
+    queries, gradients = mean(lambda each: each.reward_queries), mean(lambda each: each.picture_gradients)
     texts = len({"", *load_prompts(run.prompts), *seen, *unseen})
 
     def work(kind: str, phase: Phase, count: float, *, dtype: DType = run.model.dtype) -> Work:
@@ -123,14 +132,14 @@ def _work(run: Run, cost: Cost, units: dict[str, float]) -> tuple[Work, ...]:
 
     return (
         work("text", "once", texts),
-        work("forward", "training", (cost.forwards - cost.references) / worth),
-        work("reference forward", "training", cost.references / worth),
-        work("backward", "training", cost.backwards / worth),
-        work("input gradient", "training", cost.input_gradients * cost.scored_rows),
-        work("decode", "training", cost.reward_queries),
-        work("decode gradient", "training", cost.picture_gradients),
-        work("reward", "training", cost.reward_queries, dtype="float32"),
-        work("reward gradient", "training", cost.picture_gradients, dtype="float32"),
+        work("forward", "training", mean(lambda each: each.forwards - each.references) / worth),
+        work("reference forward", "training", mean(lambda each: each.references) / worth),
+        work("backward", "training", mean(lambda each: each.backwards) / worth),
+        work("input gradient", "training", mean(lambda each: each.input_gradients) * cost.scored_rows),
+        work("decode", "training", queries),
+        work("decode gradient", "training", gradients),
+        work("reward", "training", queries, dtype="float32"),
+        work("reward gradient", "training", gradients, dtype="float32"),
         work("forward", "evaluation", forwards),
         work("reference forward", "evaluation", forwards),
         work("decode", "evaluation", pictures),
