@@ -113,10 +113,13 @@ def observe(run: Run, folder: Path) -> Observed:
     """Load model and rewards as `train` does, with hooks on the UNet, the decoder and the rewards."""
     torch.set_num_threads(1)
     device = torch.device("cpu")
-    policy = Policy(run.model.load(device, seed=run.seed), run.sampler)
-    model: Any = policy.model
+    return observe_model(run, folder, run.model.load(device, seed=run.seed), load_scorer(run.reward, device).members)
+
+
+def observe_model(run: Run, folder: Path, model: Any, members: Sequence[tuple[Reward, float]]) -> Observed:
+    """The same with a model and (reward, weight) pairs that are there already."""
+    policy = Policy(model, run.sampler)
     watch = Watch()
-    members = load_scorer(run.reward, device).members
     watched = [(_ObservedReward(reward, watch), weight) for reward, weight in members]
     directory = RunDirectory.create(folder, run)
     session = Session(

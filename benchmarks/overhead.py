@@ -43,6 +43,12 @@ def replay(observed: Observed, call: Call) -> None:
         torch.autograd.grad(outputs, targets, [torch.ones_like(output) for output in outputs])
 
 
+def finish(observed: Observed) -> None:
+    """Wait for an accelerator to be done."""
+    if observed.model.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def timed_replay(observed: Observed, calls: list[Call]) -> tuple[float, float, dict[str, float]]:
     """(wall, CPU, CPU by kind of call) seconds of all calls of an update."""
     observed.watch.on = False
@@ -53,6 +59,7 @@ def timed_replay(observed: Observed, calls: list[Call]) -> tuple[float, float, d
         replay(observed, call)
         kind = {None: "forward", "weights": "forward and backward", "input": "forward and input gradient"}
         by_kind[f"{call.kind}, {kind[call.gradient]}"] += time.process_time() - started
+    finish(observed)
     result = time.perf_counter() - wall, time.process_time() - cpu, dict(by_kind)
     observed.watch.on = True
     return result
@@ -64,6 +71,7 @@ def timed_update(observed: Observed, update: int) -> tuple[float, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     metrics = observed.session.update(update)
     observed.directory.append_metrics(metrics)
+    finish(observed)
     return time.perf_counter() - wall, time.process_time() - cpu
 
 

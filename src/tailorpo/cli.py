@@ -418,6 +418,57 @@ def show(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command()
 @_polite
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="h200, h100, a100, l40s, rtx4090, rtx3090, l4 or t4; this (measured now) or cpu (the same).",
+            show_default="every GPU in the table",
+        ),
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="Of an hour of --device, in any currency.", show_default=False)
+    ] = None,
+    efficiency: Annotated[
+        float | None,
+        typer.Option(min=0.001, max=1, help="Share of the peak that is reached.", show_default="0.25; 0.6 in float32"),
+    ] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="sd15, sd21 or sdxl, instead of what is in model.path.", show_default=False)
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Load rewards of unknown size and count them.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Predict operations, memory, hours and money of a recipe.
+
+    Nothing is loaded but config.json files; the weights need not be there.
+
+    \b
+    Examples:
+      tailorpo plan recipes/sd15_aesthetic_tailorpo_g.yaml
+      tailorpo plan recipes/sd15_aesthetic_tailorpo_g.yaml model.dtype=bfloat16 --device h100 --price 2.50
+      tailorpo plan recipes/emoji_tailorpo_g.yaml --device this
+    """
+    from tailorpo.plan.command import show_plan
+    from tailorpo.run import Run
+
+    if price is not None and device is None:
+        raise UserError("--price is of one device; say which with --device")
+    show_plan(
+        Run.load(_run_file(recipe), overrides or (), files=False),
+        device=device,
+        price=price,
+        efficiency=efficiency,
+        architecture=architecture,
+        measure=measure,
+        console=None if json_ else _console(),
+    )
+
+
+@app.command()
+@_polite
 def rewards() -> None:
     """List the rewards.
 

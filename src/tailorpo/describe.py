@@ -10,6 +10,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from tailorpo.algorithms.base import Cost
 from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
 from tailorpo.algorithms.spo import SPO
 from tailorpo.algorithms.tailorpo import TailorPO
@@ -32,10 +33,15 @@ _LOOP = (
 )
 
 
+def trajectory_cost(run: Run, *, update: int = 0) -> tuple[tuple[int, ...], Cost]:
+    """The trained steps of an update, and what one trajectory of it costs."""
+    trained = run.algorithm.trained_steps(run.sampler.steps, noise=Noise(run.seed), update=update)
+    return trained, run.algorithm.cost(run.sampler.steps, trained)
+
+
 def cost_table(run: Run) -> Table:
     """Network evaluations of one trajectory, one update and the whole run."""
-    trained = run.algorithm.trained_steps(run.sampler.steps, noise=Noise(run.seed), update=0)
-    cost = run.algorithm.cost(run.sampler.steps, trained)
+    trained, cost = trajectory_cost(run)
     # Without guidance a forward is worth as much less as fewer latents go through the network.
     worth = 1 if cost.guided else run.sampler.evaluations_per_forward
     rows = (

@@ -28,13 +28,21 @@ class UpdateMetrics:
         self._final: list[Mapping[str, Tensor]] = []
 
     def add(self, sample: Sample) -> None:
-        """Take note of one batch."""
-        figures = {name: value.detach().cpu() for name, value in sample.figures().items()}
+        """Take note of one batch; the numbers stay on the device until `cpu`, so that nothing waits for it."""
+        figures = {name: value.detach() for name, value in sample.figures().items()}
         self._rows.setdefault(sample.k, []).append(figures)
 
     def add_final(self, rewards: Mapping[str, Tensor]) -> None:
         """Take note of the rewards of finished pictures, (B,) each, by the names they are logged under."""
-        self._final.append({name: reward.detach().cpu() for name, reward in rewards.items()})
+        self._final.append({name: reward.detach() for name, reward in rewards.items()})
+
+    def cpu(self) -> Self:
+        """The same, on the CPU."""
+        moved = type(self)()
+        for k, rows in self._rows.items():
+            moved._rows[k] = [{name: torch.cat([row[name] for row in rows]).cpu() for name in rows[0]}]
+        moved._final = [{name: torch.cat([each[name] for each in self._final]).cpu() for name in self._final[0]}]
+        return moved
 
     @classmethod
     def joined(cls, parts: Iterable[Self]) -> Self:

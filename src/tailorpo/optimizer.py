@@ -69,14 +69,14 @@ class Learner:
             weight_decay=config.weight_decay,
             eps=config.eps,
         )
-        self._loss = 0.0
+        self._parts: list[Tensor] = []
         self._losses: list[float] = []
         self._norms: list[float] = []
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a scalar loss."""
         loss.backward()
-        self._loss += float(loss.detach())
+        self._parts.append(loss.detach())  # read in `step`: to read it here would wait for the device
 
     def step(self) -> None:
         """One optimizer step with the gradient gathered so far, by all processes.
@@ -85,12 +85,14 @@ class Learner:
             DivergedError: the loss or the gradient is not finite; the parameters are left as they were.
             ProcessError: another process is gone.
         """
-        self._loss = self.processes.reduce_gradients(list(self.parameters.values()), self._loss)
+        own = sum((float(part) for part in self._parts), 0.0)
+        self._parts = []
+        loss = self.processes.reduce_gradients(list(self.parameters.values()), own)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.grad_clip or math.inf))
-        if gradients and not (math.isfinite(self._loss) and math.isfinite(norm)):
+        if gradients and not (math.isfinite(loss) and math.isfinite(norm)):
             raise DivergedError(
-                f"training has diverged: loss {self._loss}, gradient norm {norm}. No step was taken with it and the"
+                f"training has diverged: loss {loss}, gradient norm {norm}. No step was taken with it and the"
                 " last checkpoint is kept; a smaller optimizer.lr, a larger algorithm.beta or less guidance may help"
             )
         self.steps += 1
@@ -98,9 +100,8 @@ class Learner:
             group["lr"] = self.lr
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
-        self._losses.append(self._loss)
+        self._losses.append(loss)
         self._norms.append(norm)
-        self._loss = 0.0
 
     @property
     def lr(self) -> float:

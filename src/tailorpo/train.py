@@ -182,7 +182,7 @@ class Session:
         return {
             "update": update + 1,
             **self.learner.take_metrics(),
-            **UpdateMetrics.joined(self.processes.gather(metrics)).summary(times=policy.schedule.time),
+            **UpdateMetrics.joined(self.processes.gather(metrics.cpu())).summary(times=policy.schedule.time),
             "forwards": self.processes.total(policy.evaluations) // run.sampler.evaluations_per_forward,
             "reward_queries": self.processes.total(self.score.queries),
         }

@@ -44,6 +44,11 @@ class Cost:
         input_gradients: backward passes to the latents for guidance.
         reward_queries: pictures decoded and scored, the finished one included.
         guided: whether forwards and backwards are under the sampler's guidance; without it two are worth one.
+        references: of the forwards, those of the reference.
+        picture_gradients: of the reward queries, those that are differentiated with respect to the latents.
+        scored_rows: latents that are scored in one call.
+        graph_rows: latents in a forward that is differentiated for the loss; of one row of a minibatch if buffered.
+        graphs: such forwards whose graphs are in memory at the same time.
     """
 
     forwards: int
@@ -51,6 +56,11 @@ class Cost:
     input_gradients: int
     reward_queries: int
     guided: bool = True
+    references: int = 0
+    picture_gradients: int = 0
+    scored_rows: int = 1
+    graph_rows: int = 1
+    graphs: int = 1
 
 
 @dataclass(frozen=True)

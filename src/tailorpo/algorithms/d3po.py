@@ -180,6 +180,10 @@ class D3PO:
             backwards=2 * len(trained) * self.inner_epochs,
             input_gradients=0,
             reward_queries=2 + (2 * sum(k + 1 < steps for k in trained) if self.ranking == "step" else 0),
+            references=2 * len(trained),
+            scored_rows=2,
+            graph_rows=2,
+            graphs=1 if self.update == "buffered" else len(trained),
         )
 
     def collect(

@@ -156,7 +156,16 @@ class DiffusionDPO:
 
     def cost(self, steps: int, trained: Sequence[int]) -> Cost:
         """What one pair costs: two latents through policy and reference, and back through the policy."""
-        return Cost(forwards=4, backwards=2, input_gradients=0, reward_queries=0, guided=False)
+        return Cost(
+            forwards=4,
+            backwards=2,
+            input_gradients=0,
+            reward_queries=0,
+            guided=False,
+            references=2,
+            scored_rows=0,
+            graph_rows=2,
+        )
 
     def load(self, model: DiffusionModel, *, on_picture: Callable[[int, int], None] | None = None) -> PairLatents:
         """The encoded data set; encoded when first asked for and kept as long as the model.

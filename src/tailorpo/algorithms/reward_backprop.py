@@ -114,7 +114,14 @@ class RewardBackprop:
 
     def cost(self, steps: int, trained: Sequence[int]) -> Cost:
         """What one trajectory costs; at most, where the truncation is random."""
-        return Cost(forwards=steps, backwards=self.last_steps, input_gradients=0, reward_queries=1)
+        return Cost(
+            forwards=steps,
+            backwards=self.last_steps,
+            input_gradients=0,
+            reward_queries=1,
+            picture_gradients=1,
+            graphs=self.last_steps,
+        )
 
     def collect(
         self,

@@ -123,6 +123,8 @@ class SPO:
             input_gradients=0,
             # Where the last step is trained the finished picture is one of its candidates.
             reward_queries=self.candidates * len(trained) + (steps - 1 not in trained),
+            references=len(trained),
+            scored_rows=self.candidates,
         )
 
     def collect(

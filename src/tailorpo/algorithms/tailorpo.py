@@ -160,6 +160,9 @@ class TailorPO:
             backwards=epochs * len(trained),
             input_gradients=input_gradients,
             reward_queries=len(trained) * (2 + rescored) + 1,
+            references=len(trained),
+            picture_gradients=0 if guidance is None else 2 * len(trained),
+            scored_rows=2,
         )
 
     def collect(

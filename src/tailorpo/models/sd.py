@@ -147,10 +147,12 @@ class StableDiffusion:
     def predict(self, latents: Tensor, time: int | Tensor, cond: Conditioning, *, guidance_scale: float) -> Tensor:
         self.evaluations += len(latents)
         x = latents.to(self.dtype)
+        if isinstance(time, int):  # filled on the device: a number would be copied there, and the copy waited for
+            time = torch.full((1,), time, device=self.device)
         if guidance_scale == 1.0:
             return self.unet(x, time, encoder_hidden_states=cond.positive, return_dict=False)[0].float()
         embeddings = torch.cat([cond.negative, cond.positive])
-        times = time.repeat(2) if isinstance(time, Tensor) else time
+        times = time.repeat(2) if len(time) > 1 else time
         output = self.unet(torch.cat([x, x]), times, encoder_hidden_states=embeddings, return_dict=False)[0].float()
         unconditional, conditional = output.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)

@@ -135,29 +135,38 @@ class Scorer:
             raise ValueError(f"expected floating images (B, 3, H, W), got {_describe(images)}")
         if len(prompts) != len(images):
             raise ValueError(f"{len(images)} pictures came with {len(prompts)} prompts")
-        # A reward may well give a broken picture a number (JPEG does), so the pictures themselves are looked at, too.
-        bad = ~torch.isfinite(images.detach()).flatten(1).all(1)
-        if self.on_invalid == "stop" and bool(bad.any()):
-            raise DivergedError(
-                f"{int(bad.sum())} of {len(images)} pictures to score hold values that are not finite, the first for "
-                f"the prompt {prompts[int(bad.nonzero()[0, 0])]!r}: the model diverged. Lower the learning rate; "
-                "the last checkpoint is kept"
-            )
         gradient = torch.is_grad_enabled() and images.requires_grad
         rewards = [reward if time is None else _at(reward, time) for reward, _ in self.members]
-        scores = [
-            _score(reward, images, tuple(prompts), gradient=gradient, device=device)
-            for reward, device in zip(rewards, self.devices, strict=True)
-        ]
-        for (reward, _), score in zip(self.members, scores, strict=True):
-            wrong = ~torch.isfinite(score.detach())
-            if self.on_invalid == "stop" and bool(wrong.any()):
-                raise RewardError(_not_finite(reward.name, score.detach(), wrong, images, prompts))
-            bad = bad | wrong
+        # A reward may well give a broken picture a number (JPEG does), so the pictures themselves are looked at, too.
+        broken = ~torch.isfinite(images.detach()).flatten(1).all(1)
+        try:
+            scores = [
+                _score(reward, images, tuple(prompts), gradient=gradient, device=device)
+                for reward, device in zip(rewards, self.devices, strict=True)
+            ]
+        except RewardError:
+            self._refuse_broken(broken, prompts)  # then the reward is not to blame
+            raise
+        wrong = [~torch.isfinite(score.detach()) for score in scores]
+        bad = torch.stack([broken, *wrong]).any(dim=0)
+        invalid = int(bad.sum())  # the only wait for the device of a call
+        if invalid and self.on_invalid == "stop":
+            self._refuse_broken(broken, prompts)
+            for (reward, _), score, rows in zip(self.members, scores, wrong, strict=True):
+                if bool(rows.any()):
+                    raise RewardError(_not_finite(reward.name, score.detach(), rows, images, prompts))
         self.queries += len(images)
-        self.invalid += int(bad.sum())
+        self.invalid += invalid
         # A row that is infinite in one member is NaN in all: no ranking can be built on half of a sum.
-        return [score.masked_fill(bad, math.nan) for score in scores] if bool(bad.any()) else scores
+        return [score.masked_fill(bad, math.nan) for score in scores] if invalid else scores
+
+    def _refuse_broken(self, broken: Tensor, prompts: Sequence[str]) -> None:
+        if self.on_invalid == "stop" and bool(broken.any()):
+            raise DivergedError(
+                f"{int(broken.sum())} of {len(broken)} pictures to score hold values that are not finite, the first "
+                f"for the prompt {prompts[int(broken.nonzero()[0, 0])]!r}: the model diverged. Lower the learning "
+                "rate; the last checkpoint is kept"
+            )
 
 
 def _at(reward: Reward, time: int) -> Reward:

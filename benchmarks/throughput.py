@@ -1,0 +1,341 @@
+"""How fast training is, and how much memory it takes: on the miniature without a GPU, on Stable Diffusion 1.5 with one.
+
+    python benchmarks/throughput.py [--repeats 5] [--device cuda]
+
+The networks have random weights (nothing is downloaded): the miniature with its preference model on a CPU; on a GPU SD
+1.5 at 512 x 512 in bfloat16 with an aesthetic-size reward (ViT-L/14).
+
+(a) UNet forward and backward, operations per second over those of a matrix product, by batch
+(b) time of an update over that of its raw model calls (overhead.py)
+(c) samples per second, a sample being what is trained on of one trajectory of 20 steps (of D3PO: of a pair of chains):
+        tailorpo   Session.update, everything in it                          30 F +  5 B, 11 pictures scored
+        naive      a bare loop: a forward per candidate, policy, reference   50 F + 10 B, 11 pictures scored
+        d3po       a bare loop in the official schedule                     120 F + 40 B,  2 pictures scored
+    The bare loops make model calls and nothing else (no noise, loss, metrics or optimizer), which favours them.
+(d), (e) peak memory against the plan's, where torch accounts for it (CUDA): one update of TailorPO and TailorPO-G on
+    SD 1.5; the plan's phases on SDXL at 1024 x 1024
+
+Variants take turns within a run, medians of ratios; times are CPU seconds of this process without a GPU, so that other
+processes disturb least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from common import RESULTS, Observed, observe_model, save
+from overhead import finish, timed_replay, timed_update
+from torch import Tensor
+
+from tailorpo.describe import trajectory_cost
+from tailorpo.plan import Parts, phases
+from tailorpo.plan.accounting import Calls, operations, peak_bytes
+from tailorpo.plan.devices import matmul_rate
+from tailorpo.run import Run
+
+STEPS, TRAINED = 20, 5
+PROMPTS = ["a cat", "a dog"]
+SIGMA = {"form": "sigma", "k": 1.0}
+
+
+class RandomReward:
+    """A reward network with random weights, as training calls it."""
+
+    name = "random"
+    differentiable = True
+
+    def __init__(self, score: Callable[[Tensor], Tensor]) -> None:
+        self._score = score
+
+    def __call__(self, images: Tensor, prompts: Any) -> Tensor:
+        return self._score(images)
+
+
+def recipe(device: torch.device, *, micro: int, architecture: str = "sd15", **algorithm: Any) -> Run:
+    """TailorPO on the network of the device."""
+    gpu = device.type == "cuda"
+    aesthetic = {"name": "aesthetic", "path": "random", "file": "random"}
+    return Run.from_dict(
+        {
+            "updates": 100,
+            "model": {
+                "path": architecture if gpu else "emoji",
+                "dtype": "bfloat16" if gpu else "float32",
+                "lora": {"rank": 4} if gpu else {"rank": 8, "targets": "attention+conv"},
+            },
+            "sampler": {"steps": STEPS, "guidance_scale": 5.0},
+            "algorithm": {"name": "tailorpo", "train_steps": TRAINED, **algorithm},
+            "reward": aesthetic if gpu else {"name": "emoji_preference"},
+            "prompts": {"list": PROMPTS},
+            "batch": {"trajectories": micro, "micro": micro},
+        },
+        files=False,
+    )
+
+
+def session(run: Run, parts: Parts, folder: Path) -> Observed:
+    """A training session on networks with random weights; its prompts count as encoded."""
+    model: Any = parts.network.model
+    cond = parts.network.conditioning(1)
+    model._encoded = dict.fromkeys(["", *PROMPTS], cond.positive[0])
+    score = parts.rewards[0].score
+    assert score is not None
+    return observe_model(run, folder, model, [(RandomReward(score), 1.0)])
+
+
+class BareLoops:
+    """The model calls of other schedules, and nothing else."""
+
+    def __init__(self, calls: Calls, rows: int) -> None:
+        self.calls, self.model, self.rows = calls, calls.model, rows
+        self.guidance_scale = calls.guidance_scale
+
+    def network(self, rows: int, *, graph: bool = False, reference: bool = False) -> Tensor:
+        """One network call."""
+        cond = self.calls.network.conditioning(rows)
+        with torch.set_grad_enabled(graph), self.model.reference() if reference else nullcontext():
+            return self.model.predict(self.calls.latents(rows), 500, cond, guidance_scale=self.guidance_scale)
+
+    @torch.no_grad()
+    def score(self, rows: int) -> None:
+        """Pictures decoded and scored."""
+        images = self.model.decode(self.calls.latents(rows))
+        for reward in self.calls.rewards:
+            assert reward.score is not None
+            reward.score(images)
+
+    def naive(self, *, scored: bool = True) -> None:
+        """TailorPO as its equations read: (1 + 2) F, then 2 F with a graph, 2 F of the reference and 2 B."""
+        rows = self.rows
+        for k in range(STEPS):
+            self.network(rows)
+            if k % (STEPS // TRAINED) == 2:
+                self.network(2 * rows)
+                if scored:
+                    self.score(2 * rows)
+                winner, loser = self.network(rows, graph=True), self.network(rows, graph=True)
+                self.network(rows, reference=True)
+                self.network(rows, reference=True)
+                (winner.sum() - loser.sum()).backward()
+        if scored:
+            self.score(rows)
+
+    def d3po(self, *, scored: bool = True) -> None:
+        """D3PO's official schedule: 2 T F of sampling; 2 T F with a graph, 2 T F of the reference and 2 T B."""
+        rows = self.rows
+        for _ in range(STEPS):
+            self.network(2 * rows)
+        if scored:
+            self.score(2 * rows)
+        for _ in range(STEPS):
+            first, second = self.network(rows, graph=True), self.network(rows, graph=True)
+            self.network(rows, reference=True)
+            self.network(rows, reference=True)
+            (first.sum() - second.sum()).backward()
+
+    def minimal(self, *, scored: bool = True) -> None:
+        """The calls of TailorPO's inline update, bare: 20 F, of which 5 with a graph, 5 F for siblings, 5 F, 5 B."""
+        rows = self.rows
+        known = False
+        for k in range(STEPS):
+            trained = k % (STEPS // TRAINED) == 2
+            output = None if known else self.network(rows, graph=trained)
+            known = trained
+            if trained:
+                self.network(2 * rows)
+                if scored:
+                    self.score(2 * rows)
+                self.network(rows, reference=True)
+                assert output is not None
+                output.sum().backward()
+        if scored:
+            self.score(rows)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds: CPU time of this process, or wall time once a GPU is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call."""
+    started = clock(device)
+    call()
+    return clock(device) - started
+
+
+def utilisation(calls: Calls, device: torch.device, *, repeats: int) -> list[dict[str, float]]:
+    """(a)"""
+    dtype: Any = "bfloat16" if device.type == "cuda" else "float32"
+    rows: list[dict[str, float]] = []
+    for batch in (1, 2, 4, 8):
+        # On a CPU the peak is of the moment: the two take turns.
+        work = operations_of_training(batch, device)
+        shares = []
+        for _ in range(repeats + 1):
+            peak = matmul_rate(device, dtype) if device.type == "cuda" else cpu_rate()
+            shares.append(work / timed(lambda batch=batch: calls.forward(batch, "weights"), device) / peak)
+        rows.append({"batch": batch, "share_of_matmul": round(median(shares[1:]), 3)})
+    return rows
+
+
+def cpu_rate() -> float:
+    """Operations of a matrix product per CPU second."""
+    a = torch.ones(512, 512)
+    return 2 * 512**3 / min(timed(lambda: torch.mm(a, a), torch.device("cpu")) for _ in range(8))
+
+
+def operations_of_training(rows: int, device: torch.device) -> float:
+    """Of a forward and backward, counted on meta tensors."""
+    calls = build(recipe(device, micro=1), "meta").calls
+    return operations(lambda: calls.forward(rows, "weights"))
+
+
+def build(run: Run, device: torch.device | str) -> Parts:
+    """The run's networks with random weights."""
+    path: Any = run.model.path
+    return Parts.build(run, device, architecture=None if path == "emoji" else path, measure=False)
+
+
+def speed(device: torch.device, *, micro: int, repeats: int) -> dict[str, Any]:
+    """(b) and (c)"""
+    run = recipe(device, micro=micro)
+    parts = build(run, device)
+    loops = BareLoops(parts.calls, micro)
+    seconds: dict[str, list[float]] = {}
+    overheads: list[float] = []
+    with TemporaryDirectory() as folder:
+        observed = session(run, parts, Path(folder) / "run")
+
+        def update(number: int) -> float:
+            wall, cpu = timed_update(observed, number)
+            return wall if device.type == "cuda" else cpu
+
+        update(50)  # warm; no pictures are kept of these updates
+        for repeat in range(repeats):
+            spent = update(51 + repeat)
+            wall, cpu, _ = timed_replay(observed, list(observed.watch.calls))
+            overheads.append(spent / (wall if device.type == "cuda" else cpu))
+            observed.watch.on = False
+            finish(observed)
+            taken = {
+                "tailorpo": spent,
+                "naive": timed(loops.naive, device),
+                "d3po": timed(loops.d3po, device),
+                "tailorpo, bare, network only": timed(lambda: loops.minimal(scored=False), device),
+                "naive, network only": timed(lambda: loops.naive(scored=False), device),
+                "d3po, network only": timed(lambda: loops.d3po(scored=False), device),
+            }
+            observed.watch.on = True
+            for name, value in taken.items():
+                seconds.setdefault(name, []).append(value)
+
+    def times(slow: str, fast: str) -> float:
+        return round(median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)), 2)
+
+    bare = "tailorpo, bare, network only"
+    return {
+        "update_over_raw_calls": round(median(overheads), 3),
+        "updates_over_raw_calls": [round(one, 3) for one in overheads],
+        "against_d3po": times("d3po", "tailorpo"),
+        "against_naive": times("naive", "tailorpo"),
+        "against_d3po_network_only": times("d3po, network only", bare),
+        "against_naive_network_only": times("naive, network only", bare),
+        "seconds_per_sample": {name: round(median(values) / micro, 3) for name, values in seconds.items()},
+    }
+
+
+def memory(device: torch.device) -> list[dict[str, Any]]:
+    """(d) and (e), in bytes; measured on CUDA only."""
+    cuda = torch.device("cuda")
+    rows: list[dict[str, Any]] = []
+    for name, architecture, guidance in (
+        ("SD 1.5, 512, TailorPO", "sd15", None),
+        ("SD 1.5, 512, TailorPO-G", "sd15", SIGMA),
+        ("SDXL, 1024, TailorPO", "sdxl", None),
+        ("SDXL, 1024, TailorPO-G", "sdxl", SIGMA),
+    ):
+        run = recipe(cuda, micro=1, architecture=architecture, guidance=guidance)
+        planned = build(run, "meta")
+        _, cost = trajectory_cost(run)
+        training = phases(run, planned.calls, cost)["collect and train"]
+        predicted = sum(planned.standing_bytes().values()) + peak_bytes(training)
+        measured = None
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            parts = build(run, device)
+            if architecture == "sd15":
+                with TemporaryDirectory() as folder:
+                    observed = session(run, parts, Path(folder) / "run")
+                    observed.watch.on = False
+                    observed.session.update(50)
+                    observed.session.update(51)
+                    del observed
+            else:
+                phases(run, parts.calls, cost)["collect and train"]()
+            measured = torch.cuda.max_memory_allocated()
+            del parts
+        rows.append({"what": name, "predicted_bytes": predicted, "measured_bytes": measured})
+    return rows
+
+
+def gigabytes(size: float | None) -> str:
+    """In words."""
+    return "not measured" if size is None else f"{size / 1e9:.1f} GB"
+
+
+def main() -> None:
+    """Measure, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--micro", type=int, default=2, help="trajectories at once")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    result: dict[str, Any] = {"micro": options.micro, "repeats": options.repeats}
+    result["speed"] = found = speed(device, micro=options.micro, repeats=options.repeats)
+    print(found, flush=True)
+    run = recipe(device, micro=options.micro)
+    result["utilisation"] = utilisation(build(run, device).calls, device, repeats=options.repeats)
+    print(result["utilisation"], flush=True)
+    result["memory"] = memory(device)
+    place = "GPU, SD 1.5" if device.type == "cuda" else "CPU, miniature"
+    other = "GPU, SD 1.5" if device.type == "cpu" else "CPU, miniature"
+    lines = [f"| | goal | {place} | {other} |", "| --- | ---: | ---: | ---: |"]
+
+    def row(what: str, goal: str, value: object) -> None:
+        lines.append(f"| {what} | {goal} | {value} | not measured |")
+
+    row("update / its raw model calls", "<= 1.05", found["update_over_raw_calls"])
+    row("samples per second over D3PO's official schedule", ">= 4", found["against_d3po"])
+    row("the same, network calls only", "", found["against_d3po_network_only"])
+    row("samples per second over naive TailorPO", ">= 1.6", found["against_naive"])
+    row("the same, network calls only", "", found["against_naive_network_only"])
+    for each in result["utilisation"]:
+        row(f"UNet forward and backward / matrix product, batch {each['batch']:g}", "", each["share_of_matmul"])
+    lines += ["", "| peak memory, bfloat16, batch 1, ViT-L/14 reward | predicted | measured on a GPU |"]
+    lines.append("| --- | ---: | ---: |")
+    for each in result["memory"]:
+        lines.append(f"| {each['what']} | {gigabytes(each['predicted_bytes'])} | {gigabytes(each['measured_bytes'])} |")
+    table = "\n".join(lines) + "\n"
+    print(table)
+    save("throughput", result)
+    (RESULTS / "throughput.md").write_text(table, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""What one call of each kind costs: floating-point operations, bytes, or seconds, by running it.
+
+    backward = (forward and backward) - forward,      input gradient = (forward and gradient of the input) - forward
+
+The same calls are made under three meters. Operations are torch's own count of matrix products, convolutions and
+attention (a multiply-add is two), on the meta device, where nothing is computed. Bytes are the storages alive at the
+same time, noted at every operation. Seconds are those of this machine.
+
+Attention counts as the fused kernels of GPUs do it: no matrix of scores in memory, and the scores computed a second
+time in a backward pass. Left out: element-wise work, normalisations and the optimizer, which cost time but few
+operations.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from tailorpo.plan.networks import Network, RewardNetwork
+
+Gradient = Literal["none", "weights", "input"]
+_TIME = 500
+"""The network's time does not change what a call costs."""
+_ATEN: Any = torch.ops.aten
+
+
+class FusedAttention(TorchFunctionMode):
+    """On the meta device: attention as one fused kernel with its own backward, as GPUs run it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or args[0].device.type != "meta":
+            return func(*args, **kwargs)
+        query, key, value = args[:3]
+        gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        mask, causal, scale = kwargs.get("attn_mask"), kwargs.get("is_causal", False), kwargs.get("scale")
+        return _ATEN._scaled_dot_product_efficient_attention(
+            query, key, value, mask, gradient, 0.0, bool(causal), scale=scale
+        )[0]
+
+
+class Operations(TorchDispatchMode):
+    """Floating-point operations, by torch's own formulas; a `FlopCounterMode` that does not ask which module it is in,
+    which makes it several times faster."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=output)
+        return output
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operations made and that are still alive, and the most there were.
+
+    Storages that were there before (weights, inputs) are not counted. Workspaces inside a kernel are not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._known: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        for given in tree_leaves((args, kwargs)):
+            if isinstance(given, Tensor):
+                self._note(given, made=False)
+        output = func(*args, **(kwargs or {}))
+        for made in tree_leaves(output):
+            if isinstance(made, Tensor):
+                self._note(made, made=True)
+        self.peak = max(self.peak, self.now)
+        return output
+
+    def _note(self, tensor: Tensor, *, made: bool) -> None:
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes() if made else 0
+        if key in self._known:
+            return
+
+        def gone(_: Any) -> None:
+            self.now -= size
+            self._known.pop(key, None)
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.now += size
+
+
+class Calls:
+    """The calls that training is made of, each with as many rows as asked for."""
+
+    def __init__(self, network: Network, rewards: list[RewardNetwork], *, guidance_scale: float) -> None:
+        self.network = network
+        self.model = network.model
+        self.rewards = rewards
+        self.guidance_scale = guidance_scale
+
+    def latents(self, rows: int, *, gradient: bool = False) -> Tensor:
+        """Anything of the right shape; zeros."""
+        return torch.zeros(rows, *self.model.latent_shape, device=self.model.device, requires_grad=gradient)
+
+    def forward(self, rows: int, gradient: Gradient = "none", *, reference: bool = False) -> Tensor:
+        """The guided network output, with the graph that the gradient needs."""
+        context: AbstractContextManager[None] = self.model.reference() if reference else nullcontext()
+        x, cond = self.latents(rows, gradient=gradient == "input"), self.network.conditioning(rows)
+        with context, torch.set_grad_enabled(gradient != "none"):
+            output = self.model.predict(x, _TIME, cond, guidance_scale=self.guidance_scale)
+        if gradient == "weights":
+            output.sum().backward()
+        elif gradient == "input":
+            torch.autograd.grad(output.sum(), x)
+        return output
+
+    def decode(self, rows: int, *, gradient: bool = False) -> None:
+        """Pictures, and the gradient of the latents."""
+        x = self.latents(rows, gradient=gradient)
+        _scalar(self.model.decode, x, gradient=gradient)
+
+    def score(self, reward: RewardNetwork, rows: int, *, gradient: bool = False) -> None:
+        """One reward of pictures, and the gradient of the pictures."""
+        shape, device = (rows, *self.model.picture_shape), "cpu" if reward.loaded else self.model.device
+        gradient = gradient and reward.differentiable
+        pictures = torch.zeros(shape, device=device, requires_grad=gradient)
+        if reward.score is not None:
+            _scalar(reward.score, pictures, gradient=gradient)
+
+    def scoring(self, rows: int, *, pictures: bool, latents: bool) -> None:
+        """A step's candidates scored in one go: network, decoder, rewards, and back as far as asked for."""
+        x = self.latents(rows, gradient=latents)
+        with torch.set_grad_enabled(latents):
+            clean = self.model.predict(x, _TIME, self.network.conditioning(rows), guidance_scale=self.guidance_scale)
+        if not latents:
+            x = clean = clean.detach().requires_grad_(pictures)
+        with torch.set_grad_enabled(pictures):
+            images = self.model.decode(clean)
+            total = images.flatten(1).mean(1)
+            for reward in self.rewards:
+                if reward.score is not None and not reward.loaded:
+                    total = total + reward.score(images)
+            if pictures:
+                torch.autograd.grad(total.sum(), x)
+
+
+def _scalar(function: Callable[[Tensor], Tensor], x: Tensor, *, gradient: bool) -> None:
+    with torch.set_grad_enabled(gradient):
+        output = function(x)
+        if gradient:
+            torch.autograd.grad(output.sum(), x)
+
+
+def operations(call: Callable[[], object]) -> float:
+    """Floating-point operations of a call."""
+    meter = Operations()
+    # Attention that runs on a CPU is counted by its matrix products; the formulas do not know its fused kernel.
+    with sdpa_kernel(SDPBackend.MATH), FusedAttention(), meter:
+        call()
+    return float(meter.total)
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most bytes alive at once that a call allocates."""
+    meter = LiveBytes()
+    with FusedAttention(), meter:
+        call()
+    return meter.peak
+
+
+def seconds(call: Callable[[], object], device: torch.device, *, repeats: int = 3) -> float:
+    """Wall-clock seconds of a call: the least of some repeats after one that warms up."""
+    times: list[float] = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
+
+
+def unit_costs(
+    calls: Calls, measure: Callable[[Callable[[], object]], float], *, rows: int = 1, judge: RewardNetwork | None = None
+) -> dict[str, float]:
+    """What `measure` says of one row of each kind of call (its `rows` go through together)."""
+
+    def per_row(call: Callable[[], object]) -> float:
+        return measure(call) / rows
+
+    def of(rewards: list[RewardNetwork], *, gradient: bool = False) -> float:
+        known = [reward for reward in rewards if reward.score is not None]
+        return sum(per_row(lambda reward=reward: calls.score(reward, rows, gradient=gradient)) for reward in known)
+
+    with torch.no_grad():
+        found = {
+            "forward": per_row(lambda: calls.forward(rows)),
+            "reference forward": per_row(lambda: calls.forward(rows, reference=True)),
+            "text": measure(calls.network.encode),
+            "decode": per_row(lambda: calls.decode(rows)),
+            "reward": of(calls.rewards),
+            "judge": of([judge] if judge else []),
+        }
+    for parameter in calls.model.trainable().values():
+        parameter.grad = torch.zeros_like(parameter)
+    with_weights = per_row(lambda: calls.forward(rows, "weights")) if calls.model.trainable() else found["forward"]
+    return found | {
+        "backward": with_weights - found["forward"],
+        "input gradient": per_row(lambda: calls.forward(rows, "input")) - found["forward"],
+        "decode gradient": per_row(lambda: calls.decode(rows, gradient=True)) - found["decode"],
+        "reward gradient": of(calls.rewards, gradient=True) - found["reward"],
+    }
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of weights."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,290 @@
+"""The networks of a run without their weights: built from config.json alone, on the meta device or with random numbers.
+
+They are the library's own adapter and rewards, so that what is counted is what training calls. Where a folder is not
+on the disk, one of the published architectures in assets/architectures stands in for it, and the plan says so.
+
+Left out: rewards whose architecture nobody can know before they are loaded; `--measure` loads and counts them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from torch import Tensor, nn
+from transformers import (
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+)
+
+from tailorpo.errors import UserError
+from tailorpo.models import Conditioning, ModelConfig
+from tailorpo.models.sd import BUNDLED, DTYPES, StableDiffusion
+from tailorpo.rewards import (
+    Aesthetic,
+    Brightness,
+    ClipPreference,
+    ClipScore,
+    Colourfulness,
+    HPSv2,
+    ImageReward,
+    JpegCompressibility,
+    JpegIncompressibility,
+    PickScore,
+    RewardConfig,
+)
+from tailorpo.rewards.aesthetic import AestheticScorer
+from tailorpo.rewards.affine_head import AffineHead
+from tailorpo.rewards.clip import ClipScorer
+from tailorpo.rewards.hpsv2 import CONFIG as HPS_CONFIG
+from tailorpo.rewards.image_reward import LONGEST as IMAGE_REWARD_LONGEST
+from tailorpo.rewards.image_reward import TEXT as IMAGE_REWARD_TEXT
+from tailorpo.rewards.image_reward import VISION as IMAGE_REWARD_VISION
+from tailorpo.rewards.preprocess import Preprocess
+
+Architecture = Literal["sd15", "sd21", "sdxl"]
+ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
+_ASSETS = Path(str(files("tailorpo"))) / "assets"
+_CLIP = Aesthetic | ClipPreference | PickScore | ClipScore
+
+
+class _StableDiffusionXL(StableDiffusion):
+    """What a network call of Stable Diffusion XL costs: the second text encoder's pooled output and the sizes go in."""
+
+    def predict(self, latents: Tensor, time: int | Tensor, cond: Conditioning, *, guidance_scale: float) -> Tensor:
+        copies = 1 if guidance_scale == 1 else 2
+        rows, device = copies * len(latents), latents.device
+        width = (
+            self.unet.config["projection_class_embeddings_input_dim"] - 6 * self.unet.config["addition_time_embed_dim"]
+        )
+        added = {
+            "text_embeds": torch.zeros(rows, width, device=device, dtype=self.dtype),
+            "time_ids": torch.zeros(rows, 6, device=device, dtype=self.dtype),
+        }
+        embeddings = torch.cat([cond.negative, cond.positive][-copies:])
+        output = self.unet(
+            latents.to(self.dtype).repeat(copies, 1, 1, 1),
+            time,
+            encoder_hidden_states=embeddings,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0].float()
+        return (
+            output
+            if copies == 1
+            else output[: len(latents)] + guidance_scale * (output[len(latents) :] - output[: len(latents)])
+        )
+
+
+@dataclass(frozen=True)
+class Network:
+    """A denoising network with its decoder and text encoders.
+
+    Attributes:
+        title: what to call it.
+        assumption: what was assumed about it, in words; None where its own config.json was read.
+    """
+
+    model: StableDiffusion
+    text_encoders: tuple[nn.Module, ...]
+    title: str
+    assumption: str | None
+
+    def conditioning(self, rows: int) -> Conditioning:
+        """Embeddings of as many prompts, of the right shape."""
+        length = int(cast(Any, self.text_encoders[0]).config.max_position_embeddings)
+        width = int(self.model.unet.config["cross_attention_dim"])
+        nothing = torch.zeros(rows, length, width, device=self.model.device, dtype=self.model.dtype)
+        return Conditioning(nothing, nothing)
+
+    def encode(self) -> None:
+        """One prompt through the text encoders."""
+        for encoder in self.text_encoders:
+            length = int(cast(Any, encoder).config.max_position_embeddings)
+            encoder(torch.zeros(1, length, dtype=torch.long, device=self.model.device))
+
+
+def build_network(
+    config: ModelConfig, device: torch.device | str, *, architecture: Architecture | None = None
+) -> Network:
+    """The run's network with random weights on `device` ("meta": with none), its LoRA attached.
+
+    Raises:
+        UserError: the folder's config.json files cannot be used.
+    """
+    found, title, assumption = _description(config.path, architecture)
+    try:
+        with torch.device(device):
+            unet = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(found["unet"]))
+            vae = cast(AutoencoderKL, AutoencoderKL.from_config(found["vae"]))
+            encoders: list[nn.Module] = [CLIPTextModel(CLIPTextConfig(**found["text_encoder"]))]
+            if "text_encoder_2" in found:
+                encoders.append(CLIPTextModelWithProjection(CLIPTextConfig(**found["text_encoder_2"])))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"model.path: the networks described in {config.path} cannot be built: {error}") from error
+    for network in (unet, vae, *encoders):
+        nn.Module.to(network, DTYPES[config.dtype]).eval().requires_grad_(False)
+    kind = _StableDiffusionXL if "text_encoder_2" in found else StableDiffusion
+    model = kind(
+        unet,
+        vae,
+        text_encoder=cast(CLIPTextModel, encoders[0]),
+        tokenizer=None,
+        scheduler=DDIMScheduler(),
+        lora=config.lora,
+        seed=0,
+    )
+    return Network(model, tuple(encoders), title, assumption)
+
+
+def _description(path: str, architecture: Architecture | None) -> tuple[dict[str, Any], str, str | None]:
+    """The configs of the networks, their title, and what was assumed."""
+    folder = _ASSETS / path if path in BUNDLED else Path(path).expanduser()
+    if architecture is None and (folder / "model_index.json").is_file():
+        parts = ("unet", "vae", "text_encoder", "text_encoder_2")
+        found = {part: _read(folder / part / "config.json") for part in parts if (folder / part).is_dir()}
+        return found, path, None
+    chosen = architecture or _guess(path)
+    published = _published(chosen)
+    why = f"as --architecture {chosen} says" if architecture else f"{path} is not on the disk; its name suggests it"
+    return published, published["title"], f"the networks are those of {published['title']} ({why})"
+
+
+def _guess(path: str) -> Architecture:
+    name = Path(path).name.lower()
+    if "xl" in name:
+        return "sdxl"
+    return "sd21" if any(part in name for part in ("2-1", "2.1", "v2", "sd2")) else "sd15"
+
+
+def _published(name: str) -> dict[str, Any]:
+    return _read(_ASSETS / "architectures" / f"{name}.json")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+@dataclass(frozen=True)
+class RewardNetwork:
+    """What a reward computes.
+
+    Attributes:
+        score: pictures (B, 3, H, W) to (B,); None where there is no network to count, or it is not known.
+        modules: what holds its weights.
+        assumption: what was assumed about it, in words.
+        known: False where nobody can say what it costs.
+        loaded: it is the reward itself, on the CPU, and not a copy of its networks.
+        differentiable: whether there is a gradient to count.
+    """
+
+    name: str
+    score: Callable[[Tensor], Tensor] | None = None
+    modules: tuple[nn.Module, ...] = ()
+    assumption: str | None = None
+    known: bool = True
+    loaded: bool = False
+    differentiable: bool = True
+
+
+def build_reward(config: RewardConfig, device: torch.device | str, *, load: bool = False) -> RewardNetwork:
+    """The reward with random weights on `device`; with `load`, one that is not known is loaded and called as it is.
+
+    Raises:
+        UserError: its config.json cannot be used, or it cannot be loaded.
+    """
+    name = config.name
+    if isinstance(config, JpegCompressibility | JpegIncompressibility | Colourfulness | Brightness):
+        return RewardNetwork(name)
+    if isinstance(config, ImageReward):
+        return _image_reward(name, device)
+    if isinstance(config, HPSv2):
+        return _clip_reward(name, HPS_CONFIG, Preprocess(size=224, fit="pad", resize="tensor"), device=device)
+    folder = Path(config.path).expanduser() if isinstance(config, _CLIP) else _ASSETS / name
+    if (folder / "config.json").is_file():
+        found, assumption = _read(folder / "config.json"), None
+    elif isinstance(config, _CLIP):
+        found, title = _clip_of(config)
+        assumption = f"{folder} is not on the disk; reward {name} is taken to be a {title}"
+    else:
+        found, assumption = {}, None
+    if "vision_config" in found:
+        size = int(cast(Any, CLIPConfig(**found).vision_config).image_size)
+        head = isinstance(config, Aesthetic)
+        return _clip_reward(name, found, Preprocess(size=size), device=device, head=head, assumption=assumption)
+    if not load:
+        return RewardNetwork(name, known=False)
+    reward = config.load("cpu")
+
+    def score(images: Tensor) -> Tensor:
+        return reward(images, [""] * len(images))
+
+    assumption = f"reward {name} was loaded and called; its memory is not counted"
+    return RewardNetwork(name, score, assumption=assumption, loaded=True, differentiable=reward.differentiable)
+
+
+def _clip_of(config: Aesthetic | ClipPreference | PickScore | ClipScore) -> tuple[Mapping[str, Any], str]:
+    """The config and the name of the CLIP that a reward is published with."""
+    if isinstance(config, ClipScore):
+        return CLIPConfig().to_dict(), "CLIP ViT-B/32"  # transformers' default is this one
+    published = _published("clip_vit_l14" if isinstance(config, Aesthetic) else "clip_vit_h14")
+    return published["clip"], published["title"]
+
+
+def _clip_reward(
+    name: str,
+    found: Mapping[str, Any],
+    preprocess: Preprocess,
+    *,
+    device: torch.device | str,
+    head: bool = False,
+    assumption: str | None = None,
+) -> RewardNetwork:
+    """A prompt's text features are kept from its first picture on, so the text tower is not counted."""
+    config: Any = CLIPConfig(**found)
+    vision = config.vision_config
+    vision.projection_dim = config.projection_dim
+    with torch.device(device):
+        if not head:
+            model = CLIPModel(config)
+            scorer = ClipScorer(model, preprocess, tokenize=lambda prompt: [0], name=name)
+            return RewardNetwork(name, lambda images: scorer.embed(images).sum(1), (model,), assumption)
+        tower = CLIPVisionModelWithProjection(vision).eval().requires_grad_(False)
+        affine = AffineHead(torch.zeros(vision.projection_dim), torch.zeros(()))
+    rated = AestheticScorer(tower, preprocess, head=affine, name=name)
+    return RewardNetwork(name, lambda images: rated(images, [""] * len(images)), (tower,), assumption)
+
+
+def _image_reward(name: str, device: torch.device | str) -> RewardNetwork:
+    """With prompts of the greatest length, which are read together with each picture."""
+    with torch.device(device):
+        vision = BlipVisionModel(BlipVisionConfig(**IMAGE_REWARD_VISION)).eval().requires_grad_(False)
+        text = BlipTextModel(BlipTextConfig(**IMAGE_REWARD_TEXT), add_pooling_layer=False).eval().requires_grad_(False)
+    preprocess = Preprocess(size=IMAGE_REWARD_VISION["image_size"], crop_rounding="nearest")
+
+    def score(images: Tensor) -> Tensor:
+        seen = cast(Any, vision)(pixel_values=preprocess(images)).last_hidden_state
+        ids = torch.zeros(len(images), IMAGE_REWARD_LONGEST, dtype=torch.long, device=images.device)
+        read = cast(Any, text)(input_ids=ids, encoder_hidden_states=seen).last_hidden_state
+        return read[:, 0].sum(1)
+
+    return RewardNetwork(name, score, (vision, text))
