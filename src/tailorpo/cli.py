@@ -193,6 +193,7 @@ def evaluate_(
     """
     from tailorpo._distributed import pick_device
     from tailorpo.rundir import RunDirectory
+    from tailorpo.trained import load_trained, trained_folder
 
     _use(device)
     directory = RunDirectory.open(folder)
@@ -200,7 +201,7 @@ def evaluate_(
     with directory.lock(), _display(run) as reporter:
         reporter.phase("loading the model")
         model = run.model.load(pick_device(), seed=run.seed)
-        model.load_lora(directory.lora)
+        load_trained(model, run.model, trained_folder(run.model, directory))
         results = _evaluate(run, directory, model, reporter=reporter)
     _print_results(results)
     typer.echo(f"report: {directory.path / 'report.html'}")

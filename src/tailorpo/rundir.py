@@ -3,7 +3,8 @@
     run.yaml        every setting, resolved
     metrics.jsonl   one JSON object per update; a resumed run's equals an uninterrupted one's but for the seconds
     checkpoints/    the newest three (`checkpoint`)
-    lora/           pytorch_lora_weights.safetensors, diffusers' standard file
+    lora/           pytorch_lora_weights.safetensors, diffusers' standard file; of full fine-tuning
+    unet/           the network as a diffusers folder
     samples/        pictures
     eval.json  report.html
 
@@ -84,6 +85,11 @@ class RunDirectory:
     def lora(self) -> Path:
         """The folder of the trained adapter."""
         return self.path / "lora"
+
+    @property
+    def unet(self) -> Path:
+        """The folder of the network, where all of it is trained."""
+        return self.path / "unet"
 
     @property
     def samples(self) -> Path:

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +22,6 @@ from tailorpo._distributed import pick_device
 from tailorpo.algorithms.base import Algorithm, Stored
 from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
 from tailorpo.checkpoint import load_latest_checkpoint, save_checkpoint
-from tailorpo.files import storage_errors
 from tailorpo.metrics import UpdateMetrics
 from tailorpo.models import DiffusionModel
 from tailorpo.noise import Noise
@@ -37,6 +34,7 @@ from tailorpo.rollout import Trajectories, start_trajectories
 from tailorpo.run import Run
 from tailorpo.rundir import RunDirectory
 from tailorpo.tracking import open_trackers
+from tailorpo.trained import export
 
 
 class Reporter(Protocol):
@@ -63,7 +61,7 @@ def train(run: Run, directory: RunDirectory, *, reporter: Reporter) -> Diffusion
     """Train from the last checkpoint in `directory`, or from the start, to `run.updates`.
 
     Returns:
-        The model with its trained LoRA, which is also at lora/ in the directory.
+        The trained model; what was trained is also at lora/ in the directory, or unet/ for the whole network.
 
     Raises:
         UserError: the model, the prompts or the reward cannot be used.
@@ -190,7 +188,7 @@ class Session:
                 yield shuffled[start : start + algorithm.accumulate]
 
     def save(self, update: int) -> None:
-        """Write a checkpoint after `update` updates, and the LoRA in diffusers' format."""
+        """Write a checkpoint after `update` updates, and what was trained in diffusers' format."""
         state = {
             "steps": self.learner.steps,
             "evaluations": self.policy.evaluations,
@@ -198,7 +196,7 @@ class Session:
             "memory": self.memory,
         }
         save_checkpoint(self.directory.path / "checkpoints", update=update, tensors=self.learner.tensors(), state=state)
-        export_lora(self.policy.model, self.directory.path / "lora")
+        export(self.policy.model, self.run.model, self.directory)
 
     def restore(self) -> int:
         """Load the latest sound checkpoint, if there is one, and return how many updates it has behind it."""
@@ -209,8 +207,8 @@ class Session:
         self.policy.evaluations = int(checkpoint.state["evaluations"])
         self.score.queries = int(checkpoint.state["reward_queries"])
         self.memory = dict(checkpoint.state["memory"])
-        # A kill between a checkpoint and its LoRA file leaves the file of the checkpoint before.
-        export_lora(self.policy.model, self.directory.path / "lora")
+        # A kill between a checkpoint and its export leaves the export of the checkpoint before.
+        export(self.policy.model, self.run.model, self.directory)
         return checkpoint.update
 
     def _on_step(self, first: int) -> Callable[[int], None]:
@@ -222,12 +220,3 @@ class Session:
             self.reporter.step(before + done, total)
 
         return on_step
-
-
-def export_lora(model: DiffusionModel, folder: Path) -> None:
-    """Write the adapter as diffusers' standard file, replacing an older one as a whole."""
-    with storage_errors(folder), TemporaryDirectory(dir=folder.parent, prefix=".lora-") as temporary:
-        model.save_lora(Path(temporary))
-        folder.mkdir(exist_ok=True)
-        for file in Path(temporary).iterdir():
-            file.replace(folder / file.name)

@@ -160,9 +160,9 @@ class D3PO:
         """The reward only labels."""
         return False
 
-    def problems(self, *, sampler: DDIM, differentiable: bool, lora: bool) -> list[str]:
+    def problems(self, *, sampler: DDIM, differentiable: bool, trainable: bool) -> list[str]:
         """Everything about this algorithm that cannot work with the rest of the run, in words."""
-        return common_problems(sampler=sampler, lora=lora, update=self.update, inner_epochs=self.inner_epochs)
+        return common_problems(sampler=sampler, trainable=trainable, update=self.update, inner_epochs=self.inner_epochs)
 
     def trained_steps(self, steps: int, *, noise: Noise, update: int) -> tuple[int, ...]:
         """Every step."""
@@ -217,7 +217,7 @@ class D3PO:
             if self.ranking == "trajectory" or k + 1 == policy.schedule.steps:
                 return reward
             with torch.no_grad():
-                return score(policy.model.decode(clean[k + 1]), both.prompts)
+                return score(policy.model.decode_draft(clean[k + 1]), both.prompts)
 
         def paired(x: Tensor) -> Tensor:
             return x[sides].view(2, batch, *x.shape[1:]).transpose(0, 1)

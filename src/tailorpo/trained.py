@@ -1,0 +1,49 @@
+"""What a run has trained, as files in diffusers' format: `lora/` or, for the whole network, `unet/`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tailorpo.errors import UserError
+from tailorpo.files import storage_errors
+from tailorpo.models import DiffusionModel, ModelConfig
+from tailorpo.rundir import RunDirectory
+
+LORA_FILE, UNET_FILE = "pytorch_lora_weights.safetensors", "config.json"
+
+
+def trained_folder(config: ModelConfig, directory: RunDirectory) -> Path:
+    """Where the trained weights of a run are.
+
+    Raises:
+        UserError: no checkpoint has written them yet.
+    """
+    folder = directory.unet if config.full else directory.lora
+    if not (folder / (UNET_FILE if config.full else LORA_FILE)).is_file():
+        what = "trained network" if config.full else "LoRA"
+        raise UserError(
+            f"{directory.path} has no {what} yet: the first checkpoint writes it; draw with --base until then"
+        )
+    return folder
+
+
+def load_trained(model: DiffusionModel, config: ModelConfig, folder: Path) -> None:
+    """Read `trained_folder` of a run into its model."""
+    if config.full:
+        model.load_unet(folder)
+    else:
+        model.load_lora(folder)
+
+
+def export(model: DiffusionModel, config: ModelConfig, directory: RunDirectory) -> None:
+    """Write what is trained, replacing older files each as a whole."""
+    folder = directory.unet if config.full else directory.lora
+    with storage_errors(folder), TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        if config.full:
+            model.save_unet(Path(temporary))
+        else:
+            model.save_lora(Path(temporary))
+        folder.mkdir(exist_ok=True)
+        for file in Path(temporary).iterdir():
+            file.replace(folder / file.name)
