@@ -11,18 +11,18 @@ SDXL fine-tunes. SD 2.x comes in both kinds, so for it `model.prediction_type` m
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers.loaders.single_file_utils import (
-    create_diffusers_clip_model_from_ldm,
+    create_diffusers_clip_model_from_ldm,  # pyright: ignore[reportUnknownVariableType]
     infer_diffusers_model_type,  # pyright: ignore[reportUnknownVariableType]
 )
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 from tailorpo.errors import UserError
@@ -32,6 +32,8 @@ from tailorpo.models.source import assets, read_config
 
 LAYOUTS = {"v1": ("sd", "sd1"), "v2": ("sd", "sd2"), "xl_base": ("sdxl", "sdxl")}
 """What diffusers calls the layout of a file: the family, and the folder of its sizes in `assets/layouts`."""
+
+Network = TypeVar("Network", AutoencoderKL, UNet2DConditionModel)
 
 _FIRST_WEIGHT = "model.diffusion_model.input_blocks.0.0.weight"
 
@@ -43,14 +45,23 @@ def load_single_file(file: Path, config: ModelConfig, dtype: torch.dtype) -> Par
         UserError: it is damaged, incomplete, or holds another kind of model.
     """
     try:
-        checkpoint: Any = load_file(file)  # the annotations of diffusers' loaders know paths alone
+        checkpoint = load_file(file)
     except SafetensorError as error:
         raise UserError(f"model.path: {file} is not a readable safetensors file ({error})") from error
     layout = assets("layouts") / _layout(checkpoint, file, config)
+    scheduler = make_scheduler(_noise(checkpoint, file, config, layout.name), config)
     names = list(TEXT_MODELS)[: 2 if config.family == "sdxl" else 1]
     conversion: dict[str, Any] = {"config": str(layout), "local_files_only": True, "torch_dtype": dtype}
+
+    def convert(kind: type[Network], subfolder: str) -> Network:
+        loader: Any = kind  # whose annotation knows paths alone
+        try:
+            return loader.from_single_file(checkpoint, subfolder=subfolder, **conversion)
+        except NotImplementedError as error:  # a weight was left without data
+            raise UserError(f"model.path: {file} lacks weights of its {kind.__name__}; it is cut or pruned") from error
+
     if config.vae_path is None:
-        vae = AutoencoderKL.from_single_file(checkpoint, subfolder="vae", **conversion)
+        vae = convert(AutoencoderKL, "vae")
     else:
         vae = load_vae(Path(config.vae_path).expanduser(), dtype, key="model.vae_path")
     encoders: list[Any] = [
@@ -58,7 +69,7 @@ def load_single_file(file: Path, config: ModelConfig, dtype: torch.dtype) -> Par
         for name in names
     ]
     parts = Parts(
-        unet=UNet2DConditionModel.from_single_file(checkpoint, subfolder="unet", **conversion),
+        unet=convert(UNet2DConditionModel, "unet"),
         vae=vae,
         tiny_vae=load_tiny_vae(config.tiny_vae, dtype),
         text_encoders=tuple(encoders),
@@ -67,11 +78,12 @@ def load_single_file(file: Path, config: ModelConfig, dtype: torch.dtype) -> Par
             clip_tokenizer(pad="!" if layout.name == "sd2" or name == "text_encoder_2" else "<|endoftext|>")
             for name in names
         ),
-        scheduler=make_scheduler(_noise(checkpoint, file, config, layout.name), config),
+        scheduler=scheduler,
         zeros_for_empty=config.family == "sdxl",
     )
-    for network in (parts.unet, parts.vae, *parts.text_encoders):
-        _complete(network, file)
+    for encoder in parts.text_encoders:
+        if any(tensor.is_meta for tensor in encoder.parameters()):
+            raise UserError(f"model.path: {file} lacks weights of its {type(encoder).__name__}; it is cut or pruned")
     return parts
 
 
@@ -95,7 +107,7 @@ def _byte_alphabet() -> list[str]:
 
 def _layout(checkpoint: dict[str, Tensor], file: Path, config: ModelConfig) -> str:
     """The folder of the sizes, for what the file holds."""
-    found = str(infer_diffusers_model_type(checkpoint))
+    found = str(cast(Any, infer_diffusers_model_type(checkpoint)))
     # "v1" is also diffusers' word for whatever it does not know.
     if found not in LAYOUTS or _FIRST_WEIGHT not in checkpoint:
         lora = any("lora" in name for name in checkpoint)
@@ -123,12 +135,3 @@ def _noise(checkpoint: dict[str, Tensor], file: Path, config: ModelConfig, layou
     if "ztsnr" in checkpoint:
         settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return settings
-
-
-def _complete(network: nn.Module, file: Path) -> None:
-    """Refuse a file that leaves a weight of the network unset."""
-    missing = [name for name, tensor in network.named_parameters() if tensor.is_meta]
-    if missing:
-        raise UserError(
-            f"model.path: {file} lacks {len(missing)} weights of its {type(network).__name__}, such as {missing[0]}"
-        )

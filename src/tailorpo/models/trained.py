@@ -163,7 +163,7 @@ class Full:
     def __init__(self, unet: UNet2DConditionModel) -> None:
         self._dtype = next(unet.parameters()).dtype
         self._reference = copy.deepcopy(unet)
-        self.unet = nn.Module.to(unet, dtype=torch.float32).requires_grad_(True)
+        self.unet: UNet2DConditionModel = unet.float().requires_grad_(True)
 
     def precision(self) -> AbstractContextManager[Any]:
         if self._dtype == torch.float32:
