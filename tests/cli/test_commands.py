@@ -57,7 +57,7 @@ def test_version() -> None:
         (["eval", "nowhere"], "nowhere is not a run directory"),
         (["report", "nowhere"], "nowhere is not a run directory"),
         (["show", "nowhere"], "there is no such file"),
-        (["sample", "nowhere", "--prompts", "a cat"], "there is no diffusers model at nowhere"),
+        (["sample", "nowhere", "--prompts", "a cat"], "there is no folder or file nowhere"),
         (["sample", "emoji"], "Missing option '--prompts'"),
         (["sample", "emoji", "--prompts", " "], "--prompts: an empty prompt"),
         (["sample", "emoji", "--prompts", "nowhere.txt"], "prompt file nowhere.txt: there is no such file"),

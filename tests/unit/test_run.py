@@ -154,7 +154,7 @@ updates: 3
         "sampler.stpes (line 5): unknown key",
         'optimizer.lr (`optimizer.lr=fast`): got "fast", expected a number',
         "batch.micro (`batch.micro=10`) is 10",
-        "model.path (line 2): there is no folder nowhere",
+        "model.path (line 2): there is no folder or file nowhere",
         "prompts (line 8): prompt file nowhere.txt: there is no such file",
     ):
         assert any(problem.startswith(expected) for problem in found), (expected, found)

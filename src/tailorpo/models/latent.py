@@ -40,15 +40,16 @@ class LatentDiffusion(ABC):
     def __init__(self, parts: Parts, config: ModelConfig, *, seed: int) -> None:
         self.parts = parts
         self.vae = parts.vae
+        self.scheduler = parts.scheduler
         self.tiny_vae = parts.tiny_vae
         self.device = next(parts.unet.parameters()).device
         self.dtype = DTYPES[config.dtype]
-        self.prediction_type: PredictionType = parts.scheduler.config["prediction_type"]
+        self.prediction_type: PredictionType = self.scheduler.config["prediction_type"]
         factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
         height, width = _latent_size(config.size, parts.unet.config["sample_size"], factor)
         self.latent_shape: tuple[int, int, int] = (int(parts.unet.config["in_channels"]), height, width)
         self.picture_shape: tuple[int, int, int] = (3, height * factor, width * factor)
-        self.alphas_cumprod = parts.scheduler.alphas_cumprod.double()
+        self.alphas_cumprod = self.scheduler.alphas_cumprod.double()
         self.evaluations = 0
         self._encoded: dict[str, tuple[Tensor, ...]] = {}
         self._set_up(config)
@@ -93,7 +94,7 @@ class LatentDiffusion(ABC):
         return self.conditioning(tuple(positive), tuple(each[None] for each in self._encoded[""]))
 
     def schedule(self, steps: int) -> Schedule:
-        settings = self.parts.scheduler.config
+        settings = self.scheduler.config
         schedule = ddpm_schedule(
             self.alphas_cumprod,
             steps,

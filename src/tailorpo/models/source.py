@@ -109,14 +109,16 @@ def _check_file(file: Path) -> None:
 
 
 def _check_folder(folder: Path, family: Family) -> None:
+    accepted = (
+        f"give a bundled name ({', '.join(BUNDLED)}), a local folder as saved by {PIPELINES[family]}.save_pretrained,"
+        " a .safetensors file, or a hub id"
+    )
+    if not folder.exists():
+        raise UserError(f"model.path: there is no folder or file {folder} (looked from {Path.cwd()}); {accepted}")
     if not (folder / INDEX).is_file():
-        inside = sorted(folder.glob("*.safetensors"), key=lambda file: -file.stat().st_size) if folder.is_dir() else []
-        hint = f"; did you mean the file {inside[0]}?" if inside else ""
-        raise UserError(
-            f"model.path: there is no diffusers model at {folder} (no {INDEX}){hint} Give a bundled name"
-            f" ({', '.join(BUNDLED)}), a local folder as saved by {PIPELINES[family]}.save_pretrained, a .safetensors"
-            " file, or a hub id"
-        )
+        inside = sorted(folder.glob("*.safetensors"), key=lambda file: -file.stat().st_size)
+        hint = f" Did you mean the file {inside[0]}?" if inside else ""
+        raise UserError(f"model.path: there is no diffusers model at {folder} (no {INDEX}); {accepted}.{hint}")
     kind = str(read_config(folder, INDEX).get("_class_name"))
     if kind == PIPELINES[family]:
         return
