@@ -52,7 +52,8 @@ def test_a_round_from_pure_noise(tmp_path: Path) -> None:
     """Zero terminal SNR: step 0 has alpha 0 and is trained, inline and from a buffer."""
     folder = save_tiny_model(tmp_path / "model", **ZERO_SNR)
     for update in ("inline", "buffered"):
-        algorithm = {"name": "tailorpo", "train_steps": [0, 2], "update": update, "step_weights": "normalised"}
+        algorithm: dict[str, Any] = {"name": "tailorpo", "train_steps": [0, 2], "update": update, "accumulate": 2}
+        algorithm["step_weights"] = "normalised"
         (tmp_path / update).mkdir()
         train(write_recipe(tmp_path / update, folder, algorithm=algorithm, updates=2), tmp_path / update / "run")
         first, second = metrics(tmp_path / update / "run")
@@ -112,3 +113,9 @@ def test_the_list_of_models_names_every_family() -> None:
     output = tailorpo("models").output
     for words in ("emoji", "Stable Diffusion 1.x or 2.x", "Stable Diffusion XL base", "file.safetensors", "a hub id"):
         assert words in output
+
+
+def test_the_recipe_of_sdxl_is_sound_but_for_its_downloads() -> None:
+    output = refused("show", Path(__file__).parents[2] / "recipes" / "sdxl_aesthetic_tailorpo.yaml")
+    assert "the settings are sound, but to train this is missing" in output
+    assert all(f"  - {name}" in output for name in ("model.path", "reward.path", "reward.file"))

@@ -266,7 +266,7 @@ def test_gradient_checkpointing_changes_no_bit(family: str, full: bool, sd: Path
         nonlocal calls
         calls += 1
 
-    model.unet.up_blocks[1].resnets[0].register_forward_hook(count)
+    model.unet.up_blocks[1].resnets[0].register_forward_pre_hook(count)
     again, found = gradients(model)
     assert calls == 2, "computed again in the backward"
     assert torch.equal(again, pictures)
