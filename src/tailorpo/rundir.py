@@ -3,8 +3,8 @@
     run.yaml        every setting, resolved
     metrics.jsonl   one JSON object per update; a resumed run's equals an uninterrupted one's but for the seconds
     checkpoints/    the newest three (`checkpoint`)
-    lora/           pytorch_lora_weights.safetensors, diffusers' standard file; of full fine-tuning
-    unet/           the network as a diffusers folder
+    lora/           pytorch_lora_weights.safetensors, diffusers' standard file
+    unet/           instead of it under full fine-tuning: the network as a diffusers folder
     samples/        pictures
     eval.json  report.html
 

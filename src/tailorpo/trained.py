@@ -23,7 +23,7 @@ def trained_folder(config: ModelConfig, directory: RunDirectory) -> Path:
     if not (folder / (UNET_FILE if config.full else LORA_FILE)).is_file():
         what = "trained network" if config.full else "LoRA"
         raise UserError(
-            f"{directory.path} has no {what} yet: the first checkpoint writes it; draw with --base until then"
+            f"{directory.path} has no {what} yet: the first checkpoint writes it; until then there is the base model only (sample --base)"
         )
     return folder
 

@@ -314,13 +314,16 @@ def moved(model: Any, by: float = 0.05) -> Any:
     return model
 
 
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_policy_and_reference_are_equal_before_the_first_update_and_the_reference_stays(
-    dtype: Any, sd: Path, tmp_path: Path
+    dtype: Any, family: str, sd: Path, sdxl: Path, tmp_path: Path
 ) -> None:
-    model = load(sd, full=True, dtype=dtype)
+    folder = sd if family == "sd" else sdxl
+    model = load(folder, family=family, full=True, dtype=dtype)
     parameters = model.trainable()
-    assert sum(each.numel() for each in parameters.values()) == sum(each.numel() for each in load(sd).unet.parameters())
+    plain = load(folder, family=family).unet
+    assert sum(each.numel() for each in parameters.values()) == sum(each.numel() for each in plain.parameters())
     assert {each.dtype for each in parameters.values()} == {torch.float32}
     policy = Policy(model, DDIM(steps=4, guidance_scale=2.0))
     x, cond = latents(model), model.encode(PROMPTS)
@@ -332,7 +335,7 @@ def test_policy_and_reference_are_equal_before_the_first_update_and_the_referenc
     assert (after.mean - before.mean).abs().max() > 1e-3
     assert torch.equal(policy.reference_step(x, 1, cond).mean, reference.mean)
     model.save_unet(tmp_path / "unet")
-    again = load(sd, full=True, dtype=dtype)
+    again = load(folder, family=family, full=True, dtype=dtype)
     again.load_unet(tmp_path / "unet")
     assert torch.equal(Policy(again, policy.sampler).step(x, 1, cond).gaussian.mean, after.mean)
 

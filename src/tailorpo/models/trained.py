@@ -59,14 +59,6 @@ class Trained(Protocol):
         """Within it `unet` is the frozen model that training started from."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write what was trained."""
-        ...
-
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote."""
-        ...
-
 
 class Frozen:
     """Nothing is trained: a model that is only sampled."""
@@ -79,12 +71,6 @@ class Frozen:
 
     def reference(self) -> AbstractContextManager[None]:
         raise UserError("a model of which nothing is trained has no reference: set model.lora, or model.full")
-
-    def save(self, folder: Path) -> None:
-        raise UserError(f"nothing of the model is trained, so there is nothing to write to {folder}: set model.lora")
-
-    def load(self, folder: Path) -> None:
-        raise UserError(f"the model has no adapter to load {folder} into: set model.lora")
 
 
 class Adapter:
@@ -107,11 +93,17 @@ class Adapter:
             self.unet.enable_adapters()
 
     def save(self, folder: Path) -> None:
+        """Write diffusers' standard file."""
         # diffusers reads a LoRA without alpha as alpha = rank, so the scale goes into the "up" matrices.
         state: dict[str, nn.Module | Tensor] = {**self._scaled_state()}
         StableDiffusionLoraLoaderMixin.save_lora_weights(str(folder), unet_lora_layers=state, safe_serialization=True)
 
     def load(self, folder: Path) -> None:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: there is none, or it has other shapes.
+        """
         path = folder / LORA_FILE
         if not path.is_file():
             raise UserError(f"there is no LoRA at {path}")
@@ -179,10 +171,16 @@ class Full:
             self.unet = trained
 
     def save(self, folder: Path) -> None:
+        """Write the network as a folder in diffusers' format, in float32."""
         unet: Any = self.unet
         unet.save_pretrained(str(folder), safe_serialization=True)
 
     def load(self, folder: Path) -> None:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: there is none, or it is another network.
+        """
         if not (folder / UNET_CONFIG).is_file():
             raise UserError(f"there is no trained network at {folder}")
         try:
