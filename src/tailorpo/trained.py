@@ -23,7 +23,8 @@ def trained_folder(config: ModelConfig, directory: RunDirectory) -> Path:
     if not (folder / (UNET_FILE if config.full else LORA_FILE)).is_file():
         what = "trained network" if config.full else "LoRA"
         raise UserError(
-            f"{directory.path} has no {what} yet: the first checkpoint writes it; until then there is the base model only (sample --base)"
+            f"{directory.path} has no {what} yet: the first checkpoint writes it; until then there is only the base"
+            " model (sample --base)"
         )
     return folder
 
