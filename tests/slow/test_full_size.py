@@ -1,6 +1,6 @@
 """Stable Diffusion 1.5 at its true size with random weights: one file in, one update of TailorPO and TailorPO-G out.
 
-Needs 2.2 GB of disk, about 10 GB of memory and some minutes of one core; run with `pytest -m slow`.
+Needs 2.2 GB of disk, gigabytes of memory and some minutes of one core; run with `pytest -m slow`.
 """
 
 from __future__ import annotations
