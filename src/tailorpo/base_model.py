@@ -1,4 +1,4 @@
-"""What a diffusers folder says about the model in it, read from its JSON files alone, without its weights.
+"""What a base model says about itself, read from its JSON files or the header of its one file, without its weights.
 
 For the names and versions that go into a LoRA file's header and onto a model card. Of a path only what is fit to be
 published is kept: an id on the hub where one is on record, otherwise the folder's own name, never the folders above it.
@@ -6,16 +6,15 @@ published is kept: an id on the hub where one is on record, otherwise the folder
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import yaml
 
-from tailorpo.errors import UserError
+from tailorpo.models import ModelConfig
+from tailorpo.models.source import INDEX, find_model, layout_of, read_config
 
 Version = Literal["sd_v1", "sd_v2", "sdxl"]
 
@@ -29,8 +28,8 @@ class BaseModel:
     """The model that a LoRA belongs to.
 
     Attributes:
-        folder: where it is.
-        name: its id on the hub, or the name of its folder.
+        source: the folder or the single file it is in.
+        name: its id on the hub, or the name of its folder or file.
         hub_id: its id on the hub if the folder says so: the hub's cache by its own name, a saved pipeline in
             `_name_or_path` of model_index.json.
         version: "sd_v1", "sd_v2" or "sdxl" by the width of its text embeddings (768, 1024, 2048), which is what a LoRA
@@ -41,7 +40,7 @@ class BaseModel:
         licence: as the folder's own README.md states it, None if it does not.
     """
 
-    folder: Path
+    source: Path
     name: str
     hub_id: str | None
     version: Version | None
@@ -51,38 +50,31 @@ class BaseModel:
     licence: str | None
 
     @classmethod
-    def read(cls, path: str) -> BaseModel:
-        """Of a bundled model by name, otherwise of a folder.
+    def read(cls, config: ModelConfig) -> BaseModel:
+        """Of the `model` section of a run.
 
         Raises:
-            UserError: it is missing, or not a diffusers folder with a UNet.
+            UserError: there is no such model.
         """
-        from tailorpo.models.sd import BUNDLED  # diffusers takes seconds to import
-
-        folder = Path(str(files("tailorpo"))) / "assets" / path if path in BUNDLED else Path(path).expanduser()
-        index, unet = _json(folder, "model_index.json"), _json(folder, "unet/config.json")
-        scheduler = _json(folder, "scheduler/scheduler_config.json")
-        side = int(unet["sample_size"]) * 2 ** (len(_json(folder, "vae/config.json")["block_out_channels"]) - 1)
-        hub_id = _hub_id(folder, index)
+        source = find_model(config.path, family=config.family)
+        # A single file says nothing of its sizes; those of its layout are in the package.
+        folder = layout_of(source, config.family) if source.is_file() else source
+        index = {} if source.is_file() else read_config(source, INDEX)
+        scheduler = {} if source.is_file() else read_config(source / "scheduler", "scheduler_config.json")
+        unet, vae = read_config(folder / "unet"), read_config(folder / "vae")
+        sides = config.size or int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+        height, width = (sides, sides) if isinstance(sides, int) else sides
+        hub_id = _hub_id(source, index)
         return cls(
-            folder=folder,
-            name=hub_id or folder.resolve().name,
+            source=source,
+            name=hub_id or (source.stem if source.is_file() else source.resolve().name),
             hub_id=hub_id,
             version=_version(unet),
-            prediction_type=str(scheduler.get("prediction_type", "epsilon")),
-            resolution=(side, side),
+            prediction_type=config.prediction_type or str(scheduler.get("prediction_type", "epsilon")),
+            resolution=(width, height),
             layers_per_block=int(unet["layers_per_block"]),
-            licence=_licence(folder / "README.md"),
+            licence=_licence(source / "README.md"),
         )
-
-
-def _json(folder: Path, name: str) -> dict[str, Any]:
-    try:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"the base model is needed at {folder}, a folder in diffusers' format, but {name} cannot be read: {error}"
-        ) from error
 
 
 def _hub_id(folder: Path, index: dict[str, Any]) -> str | None:

@@ -217,6 +217,7 @@ def evaluate_(
     """
     from tailorpo._distributed import open_processes, pick_device
     from tailorpo.rundir import RunDirectory
+    from tailorpo.trained import load_trained, trained_folder
 
     def begin() -> tuple[Run, RunDirectory]:
         directory = RunDirectory.open(folder)
@@ -229,7 +230,7 @@ def evaluate_(
             reporter.phase("loading the model")
             with processes.together():
                 model = run.model.load(pick_device(), seed=run.seed)
-                model.load_lora(directory.lora)
+                load_trained(model, run.model, trained_folder(run.model, directory))
             results = _evaluate(run, directory, model, reporter=reporter, processes=processes)
         if processes.main:
             _print_results(results)

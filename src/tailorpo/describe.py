@@ -14,7 +14,7 @@ from tailorpo.algorithms.base import Cost
 from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
 from tailorpo.algorithms.spo import SPO
 from tailorpo.algorithms.tailorpo import TailorPO
-from tailorpo.models.sd import BUNDLED, model_folder
+from tailorpo.models.source import BUNDLED, assets
 from tailorpo.noise import Noise
 from tailorpo.run import Run
 
@@ -71,7 +71,7 @@ def path_table(run: Run) -> Table:
     """The source files that one training step of this run passes through, with their lines."""
     guidance = run.algorithm.guidance if isinstance(run.algorithm, TailorPO) else None
     sections = [run.algorithm, run.sampler, guidance, *(entry.reward for entry in run.reward)]
-    names = [*(f"tailorpo.{name}" for name in _LOOP), f"tailorpo.models.{run.model.family}"]
+    names = [*(f"tailorpo.{name}" for name in _LOOP), f"tailorpo.models.{run.model.family}", "tailorpo.models.latent"]
     if isinstance(run.algorithm, TailorPO | SPO):
         names.append("tailorpo.algorithms.pairs")
     names += [type(section).__module__ for section in sections if section is not None]
@@ -100,15 +100,14 @@ def model_table() -> Table:
     for name in ("model.family", "model.path", "what it is", "size"):
         table.add_column(name)
     for name in BUNDLED:
-        size = sum(file.stat().st_size for file in model_folder(name).rglob("*") if file.is_file())
+        size = sum(file.stat().st_size for file in assets(name).rglob("*") if file.is_file())
         what = "bundled: a small Stable Diffusion that draws emoji (docs/miniature.md)"
         table.add_row("sd", name, what, f"{size / 1e6:.1f} MB")
-    table.add_row(
-        "sd",
-        "a folder",
-        "your own copy of a Stable Diffusion 1.x or 2.x, as StableDiffusionPipeline.save_pretrained writes it",
-        "about 4 GB",
-    )
+    names = {"sd": ("Stable Diffusion 1.x or 2.x", "2 to 5 GB"), "sdxl": ("Stable Diffusion XL base", "7 to 14 GB")}
+    for family, (name, size) in names.items():
+        table.add_row(family, "a folder", f"{name} in diffusers' format", size)
+        table.add_row(family, "a file.safetensors", f"{name} in one file, in the original layout", size)
+        table.add_row(family, "a hub id", f"{name} in the hub's local cache; fetched only with model.download", size)
     return table
 
 

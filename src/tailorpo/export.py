@@ -41,9 +41,10 @@ from tailorpo.files import atomic_write, storage_errors
 from tailorpo.lora_metadata import lora_metadata, read_metadata, with_metadata
 from tailorpo.model_card import ModelCard, write_card
 from tailorpo.models import DType, LoRA
-from tailorpo.models.sd import DTYPES, LORA_FILE
+from tailorpo.models.loading import DTYPES
 from tailorpo.run import Run
 from tailorpo.rundir import RunDirectory
+from tailorpo.trained import LORA_FILE
 
 Format = Literal["diffusers", "kohya", "peft", "merged"]
 
@@ -76,6 +77,10 @@ class Trained:
         """
         directory = RunDirectory.open(folder)
         run, path = directory.run, directory.lora / LORA_FILE
+        if run.model.full:
+            raise UserError(
+                f"{folder} has trained the whole network, which is in {directory.unet} in diffusers' format"
+            )
         if run.model.lora is None or not path.is_file():
             raise UserError(f"{folder} has no LoRA to export: training writes it to {path} with every checkpoint")
         recorded = read_metadata(path).get("tailorpo.updates")
@@ -91,7 +96,7 @@ class Trained:
                 f" `tailorpo resume {folder}`, or end it there with `tailorpo resume {folder} updates=N`"
             )
         tensors = {name.removeprefix("unet."): tensor.float() for name, tensor in load_file(path).items()}
-        base = BaseModel.read(run.model.path)
+        base = BaseModel.read(run.model)
         return cls(directory=directory, run=run, lora=run.model.lora, base=base, tensors=tensors, updates=updates)
 
     @property
@@ -220,7 +225,12 @@ def sgm_name(name: str, layers_per_block: int) -> str:
 def merge(trained: Trained, folder: Path, *, dtype: torch.dtype) -> None:
     """Write the base model's folder with the LoRA merged into its UNet: float32 arithmetic, one cast. The other parts
     are copied as they are."""
-    base = trained.base.folder
+    base = trained.base.source
+    if base.is_file():
+        raise UserError(
+            f"the base model is the single file {base.name}, and --merge needs a folder in diffusers' format, of which it"
+            " copies the other parts; export the LoRA alone, or train from such a folder"
+        )
     try:
         unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", local_files_only=True)
         nn.Module.to(unet, torch.float32)

@@ -134,7 +134,9 @@ class Learner:
         if names != self.parameters.keys() or any(
             tensors[f"parameter/{name}"].shape != parameter.shape for name, parameter in self.parameters.items()
         ):
-            raise CheckpointError("the checkpoint holds other parameters than this run trains; model.lora was changed")
+            raise CheckpointError(
+                "the checkpoint holds other parameters than this run trains; the model section was changed"
+            )
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"parameter/{name}"])

@@ -69,7 +69,7 @@ def draw_pairs(run: Run, prompts: Sequence[str], *, count: int, out: Path, repor
         raise UserError("an ensemble has no gaps of earlier updates to go by here; set ensemble=null")
     reporter.phase("loading the model and the reward")
     device = pick_device()
-    policy = Policy(replace(run.model, lora=None).load(device, seed=run.seed), run.sampler)
+    policy = Policy(replace(run.model, lora=None, full=False).load(device, seed=run.seed), run.sampler)
     score = load_scorer(run.reward, device, on_invalid=run.on_invalid_reward)
     jobs = [(prompt, number) for prompt in dict.fromkeys(prompts) for number in range(count)]
     reporter.phase("drawing pairs")

@@ -80,9 +80,10 @@ class Policy:
         return PolicyStep(self.sampler.step(x0, epsilon, self.schedule, k=k), x0)
 
     def origin(self, latents: Tensor, k: int) -> Tensor:
-        """The part of step k's mean that no network changes: mean = origin + (a number) * epsilon, for every
-        prediction."""
-        return latents * float(self.schedule.alpha[k + 1] / self.schedule.alpha[k])
+        """The part of step k's mean that no network changes: mean = origin + (a number) * epsilon, or * x0 where
+        x_k is pure noise (alpha 0)."""
+        alpha = float(self.schedule.alpha[k])
+        return latents * (float(self.schedule.alpha[k + 1]) / alpha if alpha > 0 else 0.0)
 
     def reference_step(self, latents: Tensor, k: int, cond: Conditioning) -> GaussianStep:
         """The same step of the frozen reference: the model with its adapter switched off, without gradients."""

@@ -18,6 +18,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from tailorpo.errors import UserError
 from tailorpo.models import Conditioning
 from tailorpo.noise import Key, Noise
 from tailorpo.policy import Policy, PolicyStep
@@ -185,7 +186,16 @@ def rollout_branches(
             the yielded decision lets go of it, so memory does not grow with the number of steps.
         gradient: whether the scores come with their gradient.
         on_step: called with the number of steps done.
+
+    Raises:
+        UserError: a trained step has no noise and so no density.
     """
+    for k in trained:
+        if policy.sampler.std(policy.schedule, k) == 0:
+            raise UserError(
+                f"step {k} cannot be trained: it adds no noise, because the model's scheduler ends at the clean latent"
+                " (set_alpha_to_one); leave it out of algorithm.train_steps"
+            )
     cond, prompts = trajectories.cond, trajectories.prompts
     step: PolicyStep | None = None
     for k in range(policy.schedule.steps):

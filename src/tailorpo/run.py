@@ -250,7 +250,11 @@ def _make_absolute(data: Any) -> None:
     elif isinstance(data, dict):
         mapping = cast(dict[str, Any], data)
         for key, value in mapping.items():
-            if key in ("path", "file", "pairs") and isinstance(value, str) and Path(value).expanduser().exists():
+            if (
+                key in ("path", "file", "pairs", "vae_path", "tiny_vae")
+                and isinstance(value, str)
+                and Path(value).expanduser().exists()
+            ):
                 mapping[key] = str(Path(value).expanduser().resolve())
             elif key != "args":
                 _make_absolute(value)
@@ -296,8 +300,10 @@ def _impossible(values: Mapping[str, Any]) -> list[str]:
             # A reward of the user's own has to be imported to know, so that is only asked where it matters.
             ask = algorithm.needs_gradient and rewards is not None
             differentiable = not ask or all(entry.reward.differentiable for entry in rewards or ())
-            lora = values["model"].lora is not None
-            problems += algorithm.problems(sampler=values["sampler"], differentiable=differentiable, lora=lora)
+            trainable = values["model"].trains
+            problems += algorithm.problems(
+                sampler=values["sampler"], differentiable=differentiable, trainable=trainable
+            )
         except UserError as error:
             problems.append(f"reward: {error}")
     if isinstance(algorithm, SPO) and rewards:
@@ -377,6 +383,8 @@ def _missing(value: Any, name: str) -> list[str]:
         return []
     if isinstance(value, DiffusionDPO):
         return [f"{name}.pairs: {value.pairs}: {each}" for each in pair_problems(Path(value.pairs).expanduser())]
+    if isinstance(value, ModelConfig):
+        return [f"{name}.{problem}" for problem in value.missing()]
     if isinstance(value, RewardEntry):
         return _missing(value.reward, name)
     if isinstance(value, NeedsFiles):
@@ -389,8 +397,7 @@ def _missing(value: Any, name: str) -> list[str]:
     for item in fields(value):
         inner = getattr(value, item.name)
         if item.name == "path" and isinstance(inner, str):
-            bundled = isinstance(value, ModelConfig) and inner == "emoji"
-            if not bundled and not Path(inner).expanduser().is_dir():
+            if not Path(inner).expanduser().is_dir():
                 problems.append(f"{name}.path: there is no folder {inner} (looked from {Path.cwd()})")
         else:
             problems += _missing(inner, f"{name}.{item.name}")

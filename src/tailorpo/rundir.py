@@ -4,6 +4,7 @@
     metrics.jsonl   one JSON object per update; a resumed run's equals an uninterrupted one's but for the seconds
     checkpoints/    the newest three (`checkpoint`)
     lora/           pytorch_lora_weights.safetensors, diffusers' standard file
+    unet/           instead of it under full fine-tuning: the network as a diffusers folder
     samples/        pictures
     eval.json  report.html
     export/         what `tailorpo export` writes where no other folder is named
@@ -85,6 +86,11 @@ class RunDirectory:
     def lora(self) -> Path:
         """The folder of the trained adapter."""
         return self.path / "lora"
+
+    @property
+    def unet(self) -> Path:
+        """The folder of the network, where all of it is trained."""
+        return self.path / "unet"
 
     @property
     def samples(self) -> Path:

@@ -15,17 +15,17 @@ from tailorpo._distributed import pick_device
 from tailorpo.errors import UserError
 from tailorpo.images import contact_sheet, save_png
 from tailorpo.models import LoRA, ModelConfig
+from tailorpo.models.source import family_of
 from tailorpo.noise import Noise
 from tailorpo.policy import Policy
 from tailorpo.prompts import BUNDLED, read_prompts
 from tailorpo.rollout import sample_images
 from tailorpo.rundir import RUN, RunDirectory
 from tailorpo.samplers import DDIM
+from tailorpo.trained import LORA_FILE, load_trained, trained_folder
 
 if TYPE_CHECKING:
     from tailorpo.train import Reporter
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def draw(
@@ -62,7 +62,7 @@ def draw(
     reporter.phase("loading the model")
     model = config.load(pick_device(), seed=seed)
     if adapter is not None:
-        model.load_lora(adapter)
+        load_trained(model, config, adapter)
     jobs = [(text, number) for text in texts for number in range(count)]
     keys = [("sample", text, number) for text, number in jobs]
     reporter.phase("drawing")
@@ -93,22 +93,20 @@ def prompt_texts(text: str) -> tuple[str, ...]:
 
 
 def _model(source: str, *, lora: Path | None, base: bool) -> tuple[ModelConfig, DDIM, Path | None]:
-    """The model, its sampler, and the folder of the LoRA to load, if any."""
+    """The model, its sampler, and the folder of trained weights to load, if any."""
     if base and lora is not None:
         raise UserError("--base and --lora exclude each other")
     folder = Path(source).expanduser()
     if not (folder / RUN).is_file():
         shape = None if lora is None else lora_shape(lora)
-        return ModelConfig(path=source, lora=shape), DDIM(), lora
+        return ModelConfig(family=family_of(source), path=source, lora=shape), DDIM(), lora
     directory = RunDirectory.open(folder)
     run = directory.run
     if base:
-        return replace(run.model, lora=None), run.sampler, None
+        return replace(run.model, lora=None, full=False), run.sampler, None
     if lora is not None:
-        return replace(run.model, lora=lora_shape(lora)), run.sampler, lora
-    if not (directory.lora / LORA_FILE).is_file():
-        raise UserError(f"{folder} has no LoRA yet: the first checkpoint writes it; draw with --base until then")
-    return run.model, run.sampler, directory.lora
+        return replace(run.model, lora=lora_shape(lora), full=False), run.sampler, lora
+    return run.model, run.sampler, trained_folder(run.model, directory)
 
 
 def lora_shape(folder: Path) -> LoRA:

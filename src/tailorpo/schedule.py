@@ -7,7 +7,10 @@ the time it was trained with.
 Variance-preserving (DDPM, Ho et al. 2020, arXiv 2006.11239; Stable Diffusion): alpha = sqrt(abar) and
 sigma = sqrt(1 - abar).
 
-Left out: schedules of flow models, and spacings other than the two that Stable Diffusion checkpoints use.
+Zero terminal SNR (Lin et al. 2023, arXiv 2305.08891): abar is 0 at the last training time, so that k = 0 is pure noise,
+alpha_0 = 0 exactly. A network that predicts epsilon has no x_0 there (0 / 0); v and x_0 do.
+
+Left out: schedules of flow models.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+Spacing = Literal["leading", "trailing", "linspace"]
 
 
 @dataclass(frozen=True)
@@ -49,16 +54,21 @@ def ddpm_schedule(
     alphas_cumprod: Tensor,
     steps: int,
     *,
-    spacing: Literal["leading", "trailing"] = "leading",
+    spacing: Spacing = "leading",
     steps_offset: int = 1,
     final_alpha_cumprod: float | None = None,
 ) -> Schedule:
     """The K steps that diffusers' DDIMScheduler would take for the same settings.
 
+    Step k ends at the level at which step k + 1 begins. diffusers ends it T_train // K training times below its own
+    time instead, which is the same where K divides T_train; where it does not (trailing or linspace only), its network
+    is told a time one or two off the noise that is really there.
+
     Args:
         alphas_cumprod: abar at each training time, (T_train,).
         steps: K, at most T_train.
-        spacing: "leading" as in SD 1.x and 2.x, "trailing" for zero-terminal-SNR checkpoints (arXiv 2305.08891).
+        spacing: "leading" as in SD 1.x, 2.x and XL, "trailing" for zero-terminal-SNR checkpoints (arXiv 2305.08891),
+            "linspace" where a checkpoint names it.
         steps_offset: added to the times under "leading"; 1 in every Stable Diffusion.
         final_alpha_cumprod: abar after the last step; None takes abar at training time 0, as `set_alpha_to_one: false`.
 
@@ -69,14 +79,14 @@ def ddpm_schedule(
     if not 1 <= steps <= train_steps:
         raise ValueError(f"the sampler's steps must be in 1..{train_steps}, got {steps}")
     abar = alphas_cumprod.to(torch.float64)
+    stride = train_steps / steps
     if spacing == "leading":
-        stride = train_steps // steps
-        time = torch.arange(steps - 1, -1, -1) * stride + steps_offset
-    else:
-        stride = train_steps / steps
+        # With K = T_train the offset would lead past the last training time.
+        time = (torch.arange(steps - 1, -1, -1) * (train_steps // steps) + steps_offset).clamp(max=train_steps - 1)
+    elif spacing == "trailing":
         time = torch.round(torch.arange(train_steps, 0, -stride, dtype=torch.float64)).long() - 1
-    previous = time - train_steps // steps
-    final = float(abar[0]) if final_alpha_cumprod is None else final_alpha_cumprod
-    after = torch.where(previous >= 0, abar[previous.clamp(min=0)], torch.tensor(final, dtype=torch.float64))
-    levels = torch.cat([abar[time[:1]], after])
+    else:
+        time = torch.linspace(train_steps - 1, 0, steps, dtype=torch.float64).round().long()
+    final = abar[0] if final_alpha_cumprod is None else torch.tensor(final_alpha_cumprod, dtype=torch.float64)
+    levels = torch.cat([abar[time], final.view(1)])
     return Schedule(alpha=levels.sqrt(), sigma=(1.0 - levels).sqrt(), time=time)

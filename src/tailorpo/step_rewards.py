@@ -3,7 +3,7 @@
     r_t(c, x) := E[r(c, x_0) | c, x]  is approximated by  r(c, decode(x0hat(x)))
 
 The network evaluation behind x0hat is the one that the next denoising step needs, so it is returned for reuse. A
-latent after the last step is decoded as it is.
+latent after the last step is decoded as it is, and in full; on the way the model's cheap decoder is enough.
 
 A score with a method `at` is told the network's time at which x0hat was predicted, so that a reward that was trained
 on predictions (SPO's step-aware preference model) can make use of it. Finished pictures are scored without. An ensemble
@@ -112,7 +112,7 @@ def score_latents(
     if gradient == "free":
         leaf = clean = clean.detach().requires_grad_()
     with torch.set_grad_enabled(gradient != "none"):
-        pictures = policy.model.decode(clean)
+        pictures = policy.model.decode(clean) if at_end else policy.model.decode_draft(clean)
         time = None if at_end else int(policy.schedule.time[k])
         compared = compare(score, pictures, prompts, siblings=siblings, time=time)
     direction = None

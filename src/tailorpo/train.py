@@ -15,8 +15,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
@@ -25,11 +23,8 @@ from torch import Tensor
 from tailorpo._distributed import ALONE, Processes, pick_device
 from tailorpo.algorithms.base import Algorithm, Stored
 from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
-from tailorpo.base_model import BaseModel
 from tailorpo.checkpoint import load_latest_checkpoint, save_checkpoint
 from tailorpo.errors import ProcessError, UserError
-from tailorpo.files import atomic_write, storage_errors
-from tailorpo.lora_metadata import lora_metadata, with_metadata
 from tailorpo.metrics import UpdateMetrics
 from tailorpo.models import DiffusionModel
 from tailorpo.noise import Noise
@@ -42,6 +37,7 @@ from tailorpo.rollout import Trajectories, start_trajectories
 from tailorpo.run import Run
 from tailorpo.rundir import RunDirectory
 from tailorpo.tracking import open_trackers
+from tailorpo.trained import export
 
 
 class Reporter(Protocol):
@@ -74,7 +70,7 @@ def train(run: Run, directory: RunDirectory, *, reporter: Reporter, processes: P
         processes: those that share the work, all of which call this.
 
     Returns:
-        The model with its trained LoRA, which is also at lora/ in the directory.
+        The trained model; what was trained is also at lora/ in the directory, or unet/ for the whole network.
 
     Raises:
         UserError: the model, the prompts or the reward cannot be used.
@@ -234,7 +230,7 @@ class Session:
                 yield own, len(group)
 
     def save(self, update: int) -> None:
-        """Write a checkpoint after `update` updates, and the LoRA in diffusers' format.
+        """Write a checkpoint after `update` updates, and what was trained in diffusers' format.
 
         Raises:
             ProcessError: the processes have not come to the same parameters.
@@ -257,7 +253,7 @@ class Session:
             save_checkpoint(
                 self.directory.path / "checkpoints", update=update, tensors=self.learner.tensors(), state=state
             )
-            export_lora(self.policy.model, self.directory.path / "lora", self.run, updates=update)
+            export(self.policy.model, self.run, self.directory, updates=update)
 
     def restore(self) -> int:
         """Load the latest sound checkpoint, if there is one, and return how many updates it has behind it.
@@ -277,8 +273,8 @@ class Session:
         if self.processes.main:  # what was counted so far goes on one account; sums over the processes stay right
             self.policy.evaluations = int(checkpoint.state["evaluations"])
             self.score.queries = int(checkpoint.state["reward_queries"])
-            # A kill between a checkpoint and its LoRA file leaves the file of the checkpoint before.
-            export_lora(self.policy.model, self.directory.path / "lora", self.run, updates=checkpoint.update)
+            # A kill between a checkpoint and its export leaves the export of the checkpoint before.
+            export(self.policy.model, self.run, self.directory, updates=checkpoint.update)
         return checkpoint.update
 
     def _on_step(self, first: int) -> Callable[[int], None]:
@@ -311,17 +307,3 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in tensors.items():
         digest.update(name.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def export_lora(model: DiffusionModel, folder: Path, run: Run, *, updates: int) -> None:
-    """Write the adapter as diffusers' standard file with what was trained in its header, replacing an older one as a
-    whole."""
-    assert run.model.lora is not None
-    # In this file the scale is in the tensors (`save_lora`), which reads as alpha = rank.
-    base, alpha = BaseModel.read(run.model.path), run.model.lora.rank
-    metadata = lora_metadata(run, base, updates=updates, alpha=alpha)
-    with storage_errors(folder), TemporaryDirectory(dir=folder.parent, prefix=".lora-") as temporary:
-        model.save_lora(Path(temporary))
-        folder.mkdir(exist_ok=True)
-        for file in Path(temporary).iterdir():
-            atomic_write(folder / file.name, with_metadata(file.read_bytes(), metadata))

@@ -57,7 +57,7 @@ def test_version() -> None:
         (["eval", "nowhere"], "nowhere is not a run directory"),
         (["report", "nowhere"], "nowhere is not a run directory"),
         (["show", "nowhere"], "there is no such file"),
-        (["sample", "nowhere", "--prompts", "a cat"], "there is no diffusers model at nowhere"),
+        (["sample", "nowhere", "--prompts", "a cat"], "there is no folder or file nowhere"),
         (["sample", "emoji"], "Missing option '--prompts'"),
         (["sample", "emoji", "--prompts", " "], "--prompts: an empty prompt"),
         (["sample", "emoji", "--prompts", "nowhere.txt"], "prompt file nowhere.txt: there is no such file"),
@@ -104,7 +104,7 @@ def test_show_says_what_the_recipe_for_sd15_lacks() -> None:
     output = refused("show", RECIPES / "sd15_aesthetic_tailorpo_g.yaml")
     assert "guidance_scale: 5.0" in output
     assert "the settings are sound, but to train this is missing" in output
-    assert "model.path: there is no folder models/stable-diffusion-v1-5" in output
+    assert "model.path: there is no folder or file models/stable-diffusion-v1-5" in output
     assert re.search(
         r"reward: aesthetic: hf download openai/clip-vit-large-patch14 .* --local-dir models/aesthetic", output
     )
@@ -222,7 +222,7 @@ def test_sampling_depends_on_seed_prompt_and_number_alone(finished: Path, tiny_f
 def test_sampling_from_a_run_without_a_lora_says_so(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_bytes((finished / "run.yaml").read_bytes())
     assert "has no LoRA yet" in refused("sample", tmp_path, "--prompts", "a cat")
-    assert "there is no LoRA at" in refused("eval", tmp_path)
+    assert "has no LoRA yet" in refused("eval", tmp_path)
 
 
 def test_a_lora_of_another_kind_is_refused(finished: Path, tmp_path: Path, tiny_folder: Path) -> None:

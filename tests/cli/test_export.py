@@ -21,6 +21,7 @@ from tailorpo.base_model import BaseModel
 from tailorpo.errors import TailorpoError, UserError
 from tailorpo.hub import connect, push
 from tailorpo.model_card import ModelCard, render_card
+from tailorpo.models import ModelConfig
 from tailorpo.run import Run
 from tailorpo.rundir import RunDirectory
 
@@ -127,7 +128,8 @@ def test_what_it_refuses(run: Path, tmp_path: Path, tiny_folder: Path) -> None:
 def card(folder: Path, **changes: Any) -> str:
     made = {"base_id": None, "updates": 60, "format": "kohya", "dtype": "float16", "file": "x.safetensors", **changes}
     text = render_card(
-        ModelCard(directory=RunDirectory(folder), base=BaseModel.read("emoji"), **made), sheet=bool(changes)
+        ModelCard(directory=RunDirectory(folder), base=BaseModel.read(ModelConfig(path="emoji")), **made),
+        sheet=bool(changes),
     )
     assert not re.search(r"\{[{%]|%\}|\n\n\n", text)
     return text

@@ -305,6 +305,6 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any]) -> None
 
 
 def test_the_first_step_has_to_be_one_of_the_samplers() -> None:
-    (problem,) = SPO(first_step=6).problems(sampler=DDIM(steps=6), differentiable=False, lora=True)
+    (problem,) = SPO(first_step=6).problems(sampler=DDIM(steps=6), differentiable=False, trainable=True)
     assert "first_step must be in 0..5" in problem
-    assert SPO(first_step=5).problems(sampler=DDIM(steps=6), differentiable=False, lora=True) == []
+    assert SPO(first_step=5).problems(sampler=DDIM(steps=6), differentiable=False, trainable=True) == []

@@ -20,11 +20,11 @@ from torch import Tensor
 from tailorpo.base_model import BaseModel
 from tailorpo.errors import UserError
 from tailorpo.export import Format, Trained, export, kohya_state
-from tailorpo.models import LoRA
+from tailorpo.models import LoRA, ModelConfig
 from tailorpo.policy import Policy
 from tailorpo.run import Run
 from tailorpo.rundir import RunDirectory
-from tailorpo.train import export_lora
+from tailorpo.trained import export as write_trained
 
 LORA = LoRA(rank=2, alpha=6.0, targets="attention+conv")
 
@@ -41,7 +41,7 @@ def trained(policy: Policy, tiny_folder: Path, tmp_path: Path) -> Trained:
     lora = {"rank": 2, "alpha": 6.0, "targets": "attention+conv"}
     run = Run.from_dict(settings(tiny_folder, model={"path": str(tiny_folder), "lora": lora}))
     directory = RunDirectory.create(tmp_path / "the run", run)
-    export_lora(policy.model, directory.lora, run, updates=run.updates)
+    write_trained(policy.model, run, directory, updates=run.updates)
     return Trained.open(directory.path)
 
 
@@ -187,7 +187,7 @@ def test_an_xl_lora_under_kohyas_names_comes_back_through_diffusers_loader(tiny_
             if ".lora_B." in name:
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     tensors = get_peft_model_state_dict(unet)
-    base = replace(BaseModel.read(str(tiny_folder)), version="sdxl", layers_per_block=2)
+    base = replace(BaseModel.read(ModelConfig(path=str(tiny_folder))), version="sdxl", layers_per_block=2)
     state = kohya_state(tensors, alpha=5.0, base=base)
 
     # The names that kohya's trainer gives the real model's blocks; diffusers' words for them are in the comments.

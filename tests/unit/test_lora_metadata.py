@@ -17,13 +17,15 @@ from tailorpo import __version__
 from tailorpo.base_model import BaseModel
 from tailorpo.errors import UserError
 from tailorpo.lora_metadata import lora_metadata, read_metadata, with_metadata
+from tailorpo.models import ModelConfig
 from tailorpo.run import Run
 
 
 def model_folder(folder: Path, *, unet: dict[str, Any] | None = None, kind: str = "epsilon", index: Any = None) -> Path:
     """The JSON files of a model, without weights; Stable Diffusion 1.5's sizes unless told otherwise."""
+    xl = "addition_embed_type" in (unet or {})
     contents: dict[str, Any] = {
-        "model_index.json": {"_class_name": "StableDiffusionPipeline", **(index or {})},
+        "model_index.json": {"_class_name": f"StableDiffusion{'XL' if xl else ''}Pipeline", **(index or {})},
         "unet/config.json": {"sample_size": 64, "layers_per_block": 2, "cross_attention_dim": 768, **(unet or {})},
         "vae/config.json": {"block_out_channels": [128, 256, 512, 512]},
         "scheduler/scheduler_config.json": {"prediction_type": kind},
@@ -34,10 +36,10 @@ def model_folder(folder: Path, *, unet: dict[str, Any] | None = None, kind: str 
     return folder
 
 
-def metadata(folder: Path, **changes: Any) -> dict[str, str]:
+def metadata(folder: Path, *, family: str = "sd", **changes: Any) -> dict[str, str]:
     lora = {"rank": 4, "alpha": 2.0, "targets": "attention+conv"}
-    run = Run.from_dict(settings(folder, model={"path": str(folder), "lora": lora}, **changes))
-    return lora_metadata(run, BaseModel.read(str(folder)), updates=3, alpha=4)
+    run = Run.from_dict(settings(folder, model={"path": str(folder), "family": family, "lora": lora}, **changes))
+    return lora_metadata(run, BaseModel.read(run.model), updates=3, alpha=4)
 
 
 def test_what_people_and_programs_read_of_stable_diffusion_1(tmp_path: Path) -> None:
@@ -91,7 +93,8 @@ def test_what_people_and_programs_read_of_stable_diffusion_1(tmp_path: Path) -> 
 def test_other_versions_by_the_names_of_kohya_and_modelspec(
     unet: dict[str, Any], kind: str, kohya: str, is_v2: str, architecture: str, tmp_path: Path
 ) -> None:
-    found = metadata(model_folder(tmp_path, unet=unet, kind=kind))
+    family = "sdxl" if "addition_embed_type" in unet else "sd"
+    found = metadata(model_folder(tmp_path, unet=unet, kind=kind), family=family)
     assert (found["ss_base_model_version"], found["ss_v2"]) == (kohya, is_v2)
     assert found["modelspec.architecture"] == architecture
     assert found["modelspec.prediction_type"] == ("v" if kind == "v_prediction" else "epsilon")
@@ -115,12 +118,24 @@ def test_rewards_and_methods_are_named(tmp_path: Path) -> None:
 
 def test_the_id_on_the_hub_is_kept_where_the_folder_knows_it(tmp_path: Path) -> None:
     cached = tmp_path / "models--some-one--sd--fine" / "snapshots" / "0123abc"
-    assert BaseModel.read(str(model_folder(cached))).name == "some-one/sd--fine"
+    assert BaseModel.read(ModelConfig(path=str(model_folder(cached)))).name == "some-one/sd--fine"
     saved = model_folder(tmp_path / "saved", index={"_name_or_path": "some-one/sd-1.5"})
-    assert BaseModel.read(str(saved)).hub_id == "some-one/sd-1.5"
+    assert BaseModel.read(ModelConfig(path=str(saved))).hub_id == "some-one/sd-1.5"
     local = model_folder(tmp_path / "local", index={"_name_or_path": "/home/someone/sd"})
-    assert BaseModel.read(str(local)).hub_id is None
-    assert BaseModel.read(str(local)).name == "local"
+    assert BaseModel.read(ModelConfig(path=str(local))).hub_id is None
+    assert BaseModel.read(ModelConfig(path=str(local))).name == "local"
+
+
+@pytest.mark.parametrize(("width", "version", "side"), [(768, "sd_v1", 512), (1024, "sd_v2", 768)])
+def test_a_single_file_has_the_sizes_of_its_layout(width: int, version: str, side: int, tmp_path: Path) -> None:
+    file = tmp_path / "mix v1.5.safetensors"
+    name = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    save_file({name: torch.zeros(320, width)}, file)
+    config = ModelConfig(path=str(file), prediction_type="v_prediction", size=None if version == "sd_v1" else side)
+    found = BaseModel.read(config)
+    assert (found.name, found.version, found.resolution) == ("mix v1.5", version, (side, side))
+    assert found.prediction_type == "v_prediction"
+    assert BaseModel.read(ModelConfig(path=str(file), family="sdxl", size=(640, 1024))).resolution == (1024, 640)
 
 
 def test_the_licence_is_the_one_that_the_base_models_card_states(tmp_path: Path) -> None:
@@ -130,12 +145,12 @@ def test_the_licence_is_the_one_that_the_base_models_card_states(tmp_path: Path)
     assert metadata(folder)["tailorpo.base_model_licence"] == "creativeml-openrail-m"
     for broken in ("# No front matter\n", "---\nlicense: [\n---\n", "---\n- a list\n---\n"):
         (folder / "README.md").write_text(broken)
-        assert BaseModel.read(str(folder)).licence is None
+        assert BaseModel.read(ModelConfig(path=str(folder))).licence is None
 
 
 def test_a_base_model_that_is_gone_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the base model is needed at .*nowhere.*model_index.json cannot be read"):
-        BaseModel.read(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"model.path: there is no folder or file .*nowhere"):
+        BaseModel.read(ModelConfig(path=str(tmp_path / "nowhere")))
 
 
 TENSORS = {"a.lora_A.weight": torch.randn(3, 5), "b": torch.arange(7), "c": torch.randn(2, 2).half()}

@@ -193,7 +193,14 @@ def test_without_a_single_weight_the_recipe_of_sd15_can_be_planned() -> None:
 def test_tables_for_people(tiny_folder: Path, tmp_path: Path) -> None:
     result = tailorpo("plan", write_recipe(tmp_path, tiny_folder))
     assert result.exit_code == 0
-    for text in ("per trajectory", "input gradient", "H100 80 GB", "Assumed", "Not counted", "adapter, its gradient"):
+    for text in (
+        "per trajectory",
+        "input gradient",
+        "H100 80 GB",
+        "Assumed",
+        "Not counted",
+        "what is trained, its gradient",
+    ):
         assert (text in result.output) == (text != "input gradient"), text
     here = tailorpo("plan", write_recipe(tmp_path, tiny_folder), "--device", "cpu")
     assert "this machine's cpu (measured)" in here.output

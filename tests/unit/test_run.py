@@ -58,7 +58,7 @@ def test_there_are_recipes() -> None:
         ({"checkpoint_every": 0}, "checkpoint_every: got 0, expected at least 1"),
         ({"model": "emoji"}, 'model: got "emoji", expected a mapping with the keys family, path, dtype, lora'),
         ({"model": {}}, "model.path: missing"),
-        ({"model": {"path": "emoji", "family": "sdxl"}}, 'model.family: got "sdxl", expected sd'),
+        ({"model": {"path": "emoji", "family": "sd3"}}, 'model.family: got "sd3", expected sd or sdxl'),
         ({"model": {"path": "emoji", "dtype": "float23"}}, "did you mean `float32`?"),
         ({"model": {"path": "emoji", "lora": {"rank": 0}}}, "model.lora: rank must be at least 1, got 0"),
         ({"model": {"path": "emoji", "lora": None}}, "model.lora is null: the reference is the model"),
@@ -154,7 +154,7 @@ updates: 3
         "sampler.stpes (line 5): unknown key",
         'optimizer.lr (`optimizer.lr=fast`): got "fast", expected a number',
         "batch.micro (`batch.micro=10`) is 10",
-        "model.path (line 2): there is no folder nowhere",
+        "model.path (line 2): there is no folder or file nowhere",
         "prompts (line 8): prompt file nowhere.txt: there is no such file",
     ):
         assert any(problem.startswith(expected) for problem in found), (expected, found)

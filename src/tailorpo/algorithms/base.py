@@ -129,7 +129,7 @@ class Algorithm(Protocol):
     @property
     def needs_gradient(self) -> bool: ...
 
-    def problems(self, *, sampler: DDIM, differentiable: bool, lora: bool) -> list[str]:
+    def problems(self, *, sampler: DDIM, differentiable: bool, trainable: bool) -> list[str]:
         """Everything about this method that cannot work with the rest of the run, in words."""
         ...
 
@@ -171,15 +171,18 @@ class Algorithm(Protocol):
         ...
 
 
-def common_problems(*, sampler: DDIM, lora: bool, update: Update, inner_epochs: int) -> list[str]:
+def common_problems(*, sampler: DDIM, trainable: bool, update: Update, inner_epochs: int) -> list[str]:
     """What no method can work with."""
     found: list[str] = []
     if sampler.eta == 0:
         found.append("sampler.eta is 0: a deterministic sampler has no density to train; use eta 1")
     if update == "inline" and inner_epochs > 1:
         found.append("algorithm.inner_epochs needs update: buffered; an inline update uses each sample once")
-    if not lora:
-        found.append("model.lora is null: the reference is the model with its LoRA switched off, so there is none")
+    if not trainable:
+        found.append(
+            "model.lora is null: the reference is the model with its LoRA switched off, so there is none; set"
+            " model.lora, or model.full: true to train the whole network"
+        )
     return found
 
 

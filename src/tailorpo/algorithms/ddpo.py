@@ -125,9 +125,9 @@ class DDPO:
         """The reward only weighs."""
         return False
 
-    def problems(self, *, sampler: DDIM, differentiable: bool, lora: bool) -> list[str]:
+    def problems(self, *, sampler: DDIM, differentiable: bool, trainable: bool) -> list[str]:
         """Everything about this algorithm that cannot work with the rest of the run, in words."""
-        return common_problems(sampler=sampler, lora=lora, update=self.update, inner_epochs=self.inner_epochs)
+        return common_problems(sampler=sampler, trainable=trainable, update=self.update, inner_epochs=self.inner_epochs)
 
     def trained_steps(self, steps: int, *, noise: Noise, update: int) -> tuple[int, ...]:
         """Every step."""

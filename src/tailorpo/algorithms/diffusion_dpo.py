@@ -145,10 +145,12 @@ class DiffusionDPO:
         """No reward is asked."""
         return False
 
-    def problems(self, *, sampler: DDIM, differentiable: bool, lora: bool) -> list[str]:
+    def problems(self, *, sampler: DDIM, differentiable: bool, trainable: bool) -> list[str]:
         """Everything about this algorithm that cannot work with the rest of the run, in words."""
         # The sampler only draws the evaluation's pictures, so a deterministic one is fine.
-        return [] if lora else common_problems(sampler=DDIM(), lora=lora, update="inline", inner_epochs=1)
+        return (
+            [] if trainable else common_problems(sampler=DDIM(), trainable=trainable, update="inline", inner_epochs=1)
+        )
 
     def trained_steps(self, steps: int, *, noise: Noise, update: int) -> tuple[int, ...]:
         """None of the sampler's, but one number per pair, which the loop counts as one step."""

@@ -95,10 +95,12 @@ class RewardBackprop:
         """It is all there is."""
         return True
 
-    def problems(self, *, sampler: DDIM, differentiable: bool, lora: bool) -> list[str]:
+    def problems(self, *, sampler: DDIM, differentiable: bool, trainable: bool) -> list[str]:
         """Everything about this algorithm that cannot work with the rest of the run, in words."""
         # A deterministic sampler (eta 0) is fine here: no density is needed.
-        found = [] if lora else ["model.lora is null: the LoRA is what is trained, so there is nothing to train"]
+        found = (
+            [] if trainable else ["model.lora is null: there is nothing to train; set model.lora, or model.full: true"]
+        )
         if self.last_steps > sampler.steps:
             found.append(f"algorithm.last_steps must be in 1..{sampler.steps} (sampler.steps), got {self.last_steps}")
         if not differentiable:

@@ -94,9 +94,11 @@ class SPO:
         """The reward only ranks."""
         return False
 
-    def problems(self, *, sampler: DDIM, differentiable: bool, lora: bool) -> list[str]:
+    def problems(self, *, sampler: DDIM, differentiable: bool, trainable: bool) -> list[str]:
         """Everything about this algorithm that cannot work with the rest of the run, in words."""
-        found = common_problems(sampler=sampler, lora=lora, update=self.update, inner_epochs=self.inner_epochs)
+        found = common_problems(
+            sampler=sampler, trainable=trainable, update=self.update, inner_epochs=self.inner_epochs
+        )
         if not 0 <= self.first_step < sampler.steps:
             found.append(
                 f"algorithm.first_step must be in 0..{sampler.steps - 1} (sampler.steps - 1), got {self.first_step}"

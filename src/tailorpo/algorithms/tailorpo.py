@@ -55,7 +55,7 @@ class TailorPO:
         train_steps: which of the sampler's steps are trained: a count, spread evenly; a list of 0-based steps; or
             {first, last, count}.
         offset: where in its stratum each of `count` steps lies: "centred", or "random", drawn anew for every update.
-        step_weights: "normalised" divides beta by |d mean / d epsilon| / sigma of the step, so that one change of the
+        step_weights: "normalised" divides beta by |d mean / d output| / sigma of the step, so that one change of the
             network counts the same at every step; "uniform" is the loss as written.
         labels: "hard" as in the paper, or "soft": the winner is better with probability sigmoid(gap / tau).
         tau: label temperature in units of the reward, the same for all steps; needed for soft labels.
@@ -94,9 +94,11 @@ class TailorPO:
         """Guidance does."""
         return self.guidance is not None
 
-    def problems(self, *, sampler: DDIM, differentiable: bool, lora: bool) -> list[str]:
+    def problems(self, *, sampler: DDIM, differentiable: bool, trainable: bool) -> list[str]:
         """Everything about this algorithm that cannot work with the rest of the run, in words."""
-        found = common_problems(sampler=sampler, lora=lora, update=self.update, inner_epochs=self.inner_epochs)
+        found = common_problems(
+            sampler=sampler, trainable=trainable, update=self.update, inner_epochs=self.inner_epochs
+        )
         steps, wanted = sampler.steps, self.train_steps
         if isinstance(wanted, int):
             if not 1 <= wanted <= steps:
@@ -210,7 +212,7 @@ class TailorPO:
         """
         logit, beta = pair_logit(policy, pair), self.beta
         if self.step_weights == "normalised":
-            beta = beta / policy.sampler.noise_weight(policy.schedule, pair.k)
+            beta = beta / policy.sampler.noise_weight(policy.schedule, pair.k, kind=policy.model.prediction_type)
         soft = self.labels == "soft"
         loss = soft_dpo(logit, beta=beta, probability=pair.probability) if soft else dpo(logit, beta=beta)
         return torch.where(pair.valid, loss, torch.zeros_like(loss))

@@ -6,19 +6,23 @@ off for the reference.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from tailorpo.errors import UserError
+from tailorpo.models.source import Family, find_model
 from tailorpo.prediction import PredictionType
 from tailorpo.schedule import Schedule
 
 DType = Literal["float32", "bfloat16", "float16"]
+Pixels = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -28,25 +32,43 @@ class Conditioning:
     Attributes:
         positive: (B, L, E).
         negative: (B, L, E).
+        pooled_positive: (B, D), SDXL's pooled text embeddings; None for SD, as the two below.
+        pooled_negative: (B, D).
+        sizes: (B, 6), what SDXL is told of the picture's size.
     """
 
     positive: Tensor
     negative: Tensor
+    pooled_positive: Tensor | None = None
+    pooled_negative: Tensor | None = None
+    sizes: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.positive)
 
     def repeat(self, times: int) -> Conditioning:
         """The whole batch `times` times in a row: rows 0..B-1, then 0..B-1 again."""
-        return Conditioning(self.positive.repeat(times, 1, 1), self.negative.repeat(times, 1, 1))
+        return self._each(lambda tensor: tensor.repeat(times, *[1] * (tensor.ndim - 1)))
 
     def rows(self, index: Tensor | slice) -> Conditioning:
         """A selection of the batch."""
-        return Conditioning(self.positive[index], self.negative[index])
+        return self._each(lambda tensor: tensor[index])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        def changed(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
+
+        return Conditioning(
+            change(self.positive),
+            change(self.negative),
+            pooled_positive=changed(self.pooled_positive),
+            pooled_negative=changed(self.pooled_negative),
+            sizes=changed(self.sizes),
+        )
 
 
 class DiffusionModel(Protocol):
-    """One text-to-image model with a trainable adapter.
+    """One text-to-image model of which an adapter, or the whole network, is trained.
 
     Attributes:
         latent_shape: (C, h, w).
@@ -88,8 +110,12 @@ class DiffusionModel(Protocol):
         """Pictures in [0, 1], (B, 3, H, W) float32, of clean latents; differentiable."""
         ...
 
+    def decode_draft(self, latents: Tensor) -> Tensor:
+        """The same from the cheap decoder, if the model has one: for pictures that are only compared on the way."""
+        ...
+
     def reference(self) -> AbstractContextManager[None]:
-        """Within it the adapter is off: the frozen model that training started from."""
+        """Within it the model is the frozen one that training started from."""
         ...
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -102,6 +128,14 @@ class DiffusionModel(Protocol):
 
     def load_lora(self, folder: Path) -> None:
         """Read what `save_lora` wrote into the adapter."""
+        ...
+
+    def save_unet(self, folder: Path) -> None:
+        """Write the network, trained as a whole, as a `unet` folder in diffusers' format."""
+        ...
+
+    def load_unet(self, folder: Path) -> None:
+        """Read what `save_unet` wrote."""
         ...
 
 
@@ -133,16 +167,66 @@ class ModelConfig:
     """The `model` section of a run file.
 
     Attributes:
-        family: "sd" for Stable Diffusion 1.x and 2.x.
-        path: "emoji" for the bundled miniature, otherwise a local folder in diffusers' format.
+        family: "sd" for Stable Diffusion 1.x and 2.x, "sdxl" for XL base.
+        path: "emoji" for the bundled miniature, a local folder in diffusers' format, a `.safetensors` file in the
+            original layout, or a hub id.
         dtype: of the network's weights and activations; log-ratios are always float32.
-        lora: the trained adapter; null for a model that is only sampled.
+        lora: the trained adapter; null with `full`, or for a model that is only sampled.
+        full: train every parameter of the denoising network instead of an adapter.
+        size: of the pictures, one number or [height, width]; null is what the network was trained at.
+        prediction_type: what the network predicts, where the model does not say or says it wrongly.
+        zero_terminal_snr: true for noise levels that begin at pure noise (arXiv 2305.08891), with trailing steps; null
+            is as the model says.
+        vae_path: a folder of an AutoencoderKL to use instead of the model's own.
+        tiny_vae: a folder of an AutoencoderTiny (TAESD) that decodes pictures on the way; finished ones are decoded in
+            full.
+        download: fetch a hub id that is not on this disk; nothing is ever fetched otherwise.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        vae_slicing: decode one picture of a batch at a time.
+        vae_tiling: decode pictures larger than the VAE was trained at in overlapping tiles; approximate.
+        channels_last: memory layout of the convolutions, which GPUs with tensor cores like.
     """
 
-    family: Literal["sd"] = "sd"
+    family: Family = "sd"
     path: str
     dtype: DType = "float32"
     lora: LoRA | None = LoRA()
+    full: bool = False
+    size: Pixels | tuple[Pixels, Pixels] | None = None
+    prediction_type: PredictionType | None = None
+    zero_terminal_snr: bool | None = None
+    vae_path: str | None = None
+    tiny_vae: str | None = None
+    download: bool = False
+    gradient_checkpointing: bool = False
+    vae_slicing: bool = False
+    vae_tiling: bool = False
+    channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.full and self.lora is not None:
+            raise ValueError("full trains the whole network and lora an adapter; with full: true say lora: null")
+        if self.full and self.dtype == "float16":
+            raise ValueError("full fine-tuning in float16 loses small gradients; use dtype bfloat16 or float32")
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained, so that there is a reference."""
+        return self.full or self.lora is not None
+
+    def missing(self) -> list[str]:
+        """What the section names and is not on this disk, one line each with the key it belongs to."""
+        problems: list[str] = []
+        # What would be fetched is not missing.
+        if not self.download:
+            try:
+                find_model(self.path, family=self.family)
+            except UserError as error:
+                problems.append(str(error).removeprefix("model."))
+        for key, folder in (("vae_path", self.vae_path), ("tiny_vae", self.tiny_vae)):
+            if folder is not None and not Path(folder).expanduser().is_dir():
+                problems.append(f"{key}: there is no folder {folder} (looked from {Path.cwd()})")
+        return problems
 
     def load(self, device: torch.device | str, *, seed: int = 0) -> DiffusionModel:
         """Load the weights and attach a fresh adapter, whose initialisation `seed` fixes.
@@ -150,6 +234,9 @@ class ModelConfig:
         Raises:
             UserError: there is no usable model at `path`.
         """
-        from tailorpo.models.sd import StableDiffusion  # diffusers takes seconds to import
-
-        return StableDiffusion.load(self, torch.device(device), seed=seed)
+        # diffusers takes seconds to import
+        if self.family == "sdxl":
+            from tailorpo.models.sdxl import StableDiffusionXL as Model
+        else:
+            from tailorpo.models.sd import StableDiffusion as Model
+        return Model.load(self, torch.device(device), seed=seed)

@@ -92,6 +92,9 @@ class GaussianMixture:
     def decode(self, latents: Tensor) -> Tensor:
         return latents
 
+    def decode_draft(self, latents: Tensor) -> Tensor:
+        return latents
+
     @contextmanager
     def reference(self) -> Generator[None]:
         self._is_reference = True
@@ -108,3 +111,9 @@ class GaussianMixture:
 
     def load_lora(self, folder: Path) -> None:
         raise UserError(f"the Gaussian mixture has no LoRA to read from {folder}")
+
+    def save_unet(self, folder: Path) -> None:
+        raise UserError(f"the Gaussian mixture has no network to write to {folder}")
+
+    def load_unet(self, folder: Path) -> None:
+        raise UserError(f"the Gaussian mixture has no network to read from {folder}")

@@ -21,6 +21,7 @@ from tailorpo.algorithms.reward_backprop import RewardBackprop
 from tailorpo.algorithms.spo import SPO
 from tailorpo.describe import trajectory_cost
 from tailorpo.models import DType
+from tailorpo.models.trained import Full
 from tailorpo.plan.accounting import Calls, operations, peak_bytes, seconds, tensor_bytes, unit_costs
 from tailorpo.plan.devices import this_device
 from tailorpo.plan.estimate import Estimate, Phase, Plan, Work
@@ -98,15 +99,18 @@ class Parts:
 
     def standing_bytes(self) -> dict[str, int]:
         """What is in memory all the time, by what it holds."""
-        model, judge = self.calls.model, [self.judge] if self.judge else []
-        adapter = tensor_bytes(model.trainable().values())
+        model, judge = self.network.model, [self.judge] if self.judge else []
+        trained = tensor_bytes(model.trainable().values())
+        frozen = tensor_bytes(model.unet.parameters()) - trained
+        if isinstance(model.trained, Full):  # then the frozen network is a copy
+            frozen = model.trained.reference_bytes
         modules = [module for reward in [*self.rewards, *judge] for module in reward.modules]
         return {
-            "denoising network": tensor_bytes(model.unet.parameters()) - adapter,
+            "denoising network": frozen,
             "VAE": tensor_bytes(model.vae.parameters()),
-            "text encoders": sum(tensor_bytes(encoder.parameters()) for encoder in self.network.text_encoders),
+            "text encoders": sum(tensor_bytes(encoder.parameters()) for encoder in model.parts.text_encoders),
             "rewards": sum(tensor_bytes(module.parameters()) for module in modules),
-            "adapter, its gradient, Adam's moments": 4 * adapter,
+            "what is trained, its gradient, Adam's moments": 4 * trained,
         }
 
 

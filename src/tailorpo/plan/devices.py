@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 
 from tailorpo.models import DType
-from tailorpo.models.sd import DTYPES
+from tailorpo.models.loading import DTYPES
 
 EFFICIENCY: dict[DType, float] = {"bfloat16": 0.25, "float16": 0.25, "float32": 0.6}
 """Share of the peak that is reached, where nothing is measured. Half precision: published timings of diffusers' eager

@@ -8,10 +8,8 @@ Left out: rewards whose architecture nobody can know before they are loaded; `--
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -35,7 +33,11 @@ from transformers import (
 
 from tailorpo.errors import UserError
 from tailorpo.models import Conditioning, ModelConfig
-from tailorpo.models.sd import BUNDLED, DTYPES, StableDiffusion
+from tailorpo.models.latent import LatentDiffusion
+from tailorpo.models.loading import DTYPES, Parts
+from tailorpo.models.sd import StableDiffusion
+from tailorpo.models.sdxl import StableDiffusionXL
+from tailorpo.models.source import assets, find_model, layout_of, read_config
 from tailorpo.rewards import (
     Aesthetic,
     Brightness,
@@ -60,36 +62,13 @@ from tailorpo.rewards.preprocess import Preprocess
 
 Architecture = Literal["sd15", "sd21", "sdxl"]
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
-_ASSETS = Path(str(files("tailorpo"))) / "assets"
+_PUBLISHED: dict[Architecture, tuple[str, str]] = {
+    "sd15": ("sd1", "Stable Diffusion 1.5"),
+    "sd21": ("sd2", "Stable Diffusion 2.1"),
+    "sdxl": ("sdxl", "Stable Diffusion XL"),
+}
+"""Of each architecture its folder in assets/layouts, and what to call it."""
 _CLIP = Aesthetic | ClipPreference | PickScore | ClipScore
-
-
-class _StableDiffusionXL(StableDiffusion):
-    """What a network call of Stable Diffusion XL costs: the second text encoder's pooled output and the sizes go in."""
-
-    def predict(self, latents: Tensor, time: int | Tensor, cond: Conditioning, *, guidance_scale: float) -> Tensor:
-        copies = 1 if guidance_scale == 1 else 2
-        rows, device = copies * len(latents), latents.device
-        width = (
-            self.unet.config["projection_class_embeddings_input_dim"] - 6 * self.unet.config["addition_time_embed_dim"]
-        )
-        added = {
-            "text_embeds": torch.zeros(rows, width, device=device, dtype=self.dtype),
-            "time_ids": torch.zeros(rows, 6, device=device, dtype=self.dtype),
-        }
-        embeddings = torch.cat([cond.negative, cond.positive][-copies:])
-        output = self.unet(
-            latents.to(self.dtype).repeat(copies, 1, 1, 1),
-            time,
-            encoder_hidden_states=embeddings,
-            added_cond_kwargs=added,
-            return_dict=False,
-        )[0].float()
-        return (
-            output
-            if copies == 1
-            else output[: len(latents)] + guidance_scale * (output[len(latents) :] - output[: len(latents)])
-        )
 
 
 @dataclass(frozen=True)
@@ -101,21 +80,23 @@ class Network:
         assumption: what was assumed about it, in words; None where its own config.json was read.
     """
 
-    model: StableDiffusion
-    text_encoders: tuple[nn.Module, ...]
+    model: LatentDiffusion
     title: str
     assumption: str | None
 
     def conditioning(self, rows: int) -> Conditioning:
         """Embeddings of as many prompts, of the right shape."""
-        length = int(cast(Any, self.text_encoders[0]).config.max_position_embeddings)
-        width = int(self.model.unet.config["cross_attention_dim"])
-        nothing = torch.zeros(rows, length, width, device=self.model.device, dtype=self.model.dtype)
-        return Conditioning(nothing, nothing)
+        model, config = self.model, self.model.unet.config
+        length = int(cast(Any, model.parts.text_encoders[0]).config.max_position_embeddings)
+        shapes: list[tuple[int, ...]] = [(length, int(config["cross_attention_dim"]))]
+        if isinstance(model, StableDiffusionXL):  # the pooled embedding comes beside six embedded sizes
+            shapes.append((config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"],))
+        nothing = [torch.zeros(1, *shape, device=model.device, dtype=model.dtype) for shape in shapes]
+        return model.conditioning(tuple(each.expand(rows, *each.shape[1:]) for each in nothing), tuple(nothing))
 
     def encode(self) -> None:
         """One prompt through the text encoders."""
-        for encoder in self.text_encoders:
+        for encoder in self.model.parts.text_encoders:
             length = int(cast(Any, encoder).config.max_position_embeddings)
             encoder(torch.zeros(1, length, dtype=torch.long, device=self.model.device))
 
@@ -123,65 +104,65 @@ class Network:
 def build_network(
     config: ModelConfig, device: torch.device | str, *, architecture: Architecture | None = None
 ) -> Network:
-    """The run's network with random weights on `device` ("meta": with none), its LoRA attached.
+    """The run's network with random weights on `device` ("meta": with none), what is trained of it attached.
 
     Raises:
-        UserError: the folder's config.json files cannot be used.
+        UserError: the model's config.json files cannot be used.
     """
-    found, title, assumption = _description(config.path, architecture)
+    found, title, assumption = _description(config, architecture)
+    xl = "text_encoder_2" in found
+    dtype = DTYPES[config.dtype]
     try:
         with torch.device(device):
             unet = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(found["unet"]))
             vae = cast(AutoencoderKL, AutoencoderKL.from_config(found["vae"]))
-            encoders: list[nn.Module] = [CLIPTextModel(CLIPTextConfig(**found["text_encoder"]))]
-            if "text_encoder_2" in found:
+            encoders: list[Any] = [CLIPTextModel(CLIPTextConfig(**found["text_encoder"]))]
+            if xl:
                 encoders.append(CLIPTextModelWithProjection(CLIPTextConfig(**found["text_encoder_2"])))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"model.path: the networks described in {config.path} cannot be built: {error}") from error
     for network in (unet, vae, *encoders):
-        nn.Module.to(network, DTYPES[config.dtype]).eval().requires_grad_(False)
-    kind = _StableDiffusionXL if "text_encoder_2" in found else StableDiffusion
-    model = kind(
-        unet,
-        vae,
-        text_encoder=cast(CLIPTextModel, encoders[0]),
-        tokenizer=None,
+        nn.Module.to(network, dtype).eval().requires_grad_(False)
+    parts = Parts(
+        unet=unet,
+        vae=vae,
+        tiny_vae=None,
+        text_encoders=tuple(encoders),
+        tokenizers=(),
         scheduler=DDIMScheduler(),
-        lora=config.lora,
-        seed=0,
+        zeros_for_empty=xl,
     )
-    return Network(model, tuple(encoders), title, assumption)
+    return Network((StableDiffusionXL if xl else StableDiffusion)(parts, config, seed=0), title, assumption)
 
 
-def _description(path: str, architecture: Architecture | None) -> tuple[dict[str, Any], str, str | None]:
+def _description(config: ModelConfig, architecture: Architecture | None) -> tuple[dict[str, Any], str, str | None]:
     """The configs of the networks, their title, and what was assumed."""
-    folder = _ASSETS / path if path in BUNDLED else Path(path).expanduser()
-    if architecture is None and (folder / "model_index.json").is_file():
-        parts = ("unet", "vae", "text_encoder", "text_encoder_2")
-        found = {part: _read(folder / part / "config.json") for part in parts if (folder / part).is_dir()}
-        return found, path, None
-    chosen = architecture or _guess(path)
-    published = _published(chosen)
-    why = f"as --architecture {chosen} says" if architecture else f"{path} is not on the disk; its name suggests it"
-    return published, published["title"], f"the networks are those of {published['title']} ({why})"
+    try:
+        source = find_model(config.path, family=config.family)
+    except UserError:
+        source = None
+    if architecture is None and source is not None:
+        folder = layout_of(source, config.family) if source.is_file() else source
+        return _networks(folder), config.path, None
+    chosen = architecture or _guess(config)
+    layout, title = _PUBLISHED[chosen]
+    found = _networks(assets("layouts") / layout)
+    if chosen == "sd21":
+        found["unet"]["sample_size"] = 96  # the layout has the size of the base model, 512 pixels
+    why = f"as --architecture {chosen} says" if architecture else f"{config.path} is not on the disk"
+    return found, title, f"the networks are those of {title} ({why})"
 
 
-def _guess(path: str) -> Architecture:
-    name = Path(path).name.lower()
-    if "xl" in name:
+def _networks(folder: Path) -> dict[str, Any]:
+    parts = ("unet", "vae", "text_encoder", "text_encoder_2")
+    return {part: read_config(folder / part) for part in parts if (folder / part).is_dir()}
+
+
+def _guess(config: ModelConfig) -> Architecture:
+    name = Path(config.path).name.lower()
+    if config.family == "sdxl":
         return "sdxl"
     return "sd21" if any(part in name for part in ("2-1", "2.1", "v2", "sd2")) else "sd15"
-
-
-def _published(name: str) -> dict[str, Any]:
-    return _read(_ASSETS / "architectures" / f"{name}.json")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -219,9 +200,9 @@ def build_reward(config: RewardConfig, device: torch.device | str, *, load: bool
         return _image_reward(name, device)
     if isinstance(config, HPSv2):
         return _clip_reward(name, HPS_CONFIG, Preprocess(size=224, fit="pad", resize="tensor"), device=device)
-    folder = Path(config.path).expanduser() if isinstance(config, _CLIP) else _ASSETS / name
+    folder = Path(config.path).expanduser() if isinstance(config, _CLIP) else assets(name)
     if (folder / "config.json").is_file():
-        found, assumption = _read(folder / "config.json"), None
+        found, assumption = read_config(folder), None
     elif isinstance(config, _CLIP):
         found, title = _clip_of(config)
         assumption = f"{folder} is not on the disk; reward {name} is taken to be a {title}"
@@ -246,7 +227,7 @@ def _clip_of(config: Aesthetic | ClipPreference | PickScore | ClipScore) -> tupl
     """The config and the name of the CLIP that a reward is published with."""
     if isinstance(config, ClipScore):
         return CLIPConfig().to_dict(), "CLIP ViT-B/32"  # transformers' default is this one
-    published = _published("clip_vit_l14" if isinstance(config, Aesthetic) else "clip_vit_h14")
+    published = read_config(assets("architectures"), f"clip_vit_{'l' if isinstance(config, Aesthetic) else 'h'}14.json")
     return published["clip"], published["title"]
 
 
