@@ -228,8 +228,8 @@ def merge(trained: Trained, folder: Path, *, dtype: torch.dtype) -> None:
     base = trained.base.source
     if base.is_file():
         raise UserError(
-            f"the base model is the single file {base.name}, and --merge needs a folder in diffusers' format, of which it"
-            " copies the other parts; export the LoRA alone, or train from such a folder"
+            f"the base model is the single file {base.name}, and --merge copies all but the UNet from a folder in"
+            " diffusers' format; export the LoRA alone, or train from such a folder"
         )
     try:
         unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", local_files_only=True)
