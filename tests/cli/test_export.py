@@ -117,7 +117,7 @@ def test_what_it_refuses(run: Path, tmp_path: Path, tiny_folder: Path) -> None:
     assert "does not say how far it was trained" in refused("export", foreign, "--out", tmp_path / "out")
     moved = shutil.copytree(run, tmp_path / "moved")
     (moved / "run.yaml").write_text(text.replace(str(tiny_folder), str(tmp_path / "gone")))
-    assert f"the base model is needed at {tmp_path / 'gone'}" in refused("export", moved, "--out", tmp_path / "out")
+    assert f"there is no folder or file {tmp_path / 'gone'}" in refused("export", moved, "--out", tmp_path / "out")
     damaged = shutil.copytree(run, tmp_path / "damaged")
     (damaged / "lora" / LORA).write_bytes(b"nothing of the kind")
     assert "is not a readable safetensors file" in refused("export", damaged, "--out", tmp_path / "out")

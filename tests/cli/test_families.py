@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from tiny import ZERO_SNR, save_tiny_model, save_tiny_taesd, save_tiny_xl_model
 from tiny_run import refused, tailorpo, write_recipe
 
+from tailorpo.run import Run
+
 GUIDED = {"name": "tailorpo", "train_steps": 2, "guidance": {"form": "sigma", "k": 0.5}}
 
 
@@ -115,7 +117,14 @@ def test_the_list_of_models_names_every_family() -> None:
         assert words in output
 
 
-def test_the_recipe_of_sdxl_is_sound_but_for_its_downloads() -> None:
-    output = refused("show", Path(__file__).parents[2] / "recipes" / "sdxl_aesthetic_tailorpo.yaml")
-    assert "the settings are sound, but to train this is missing" in output
-    assert all(f"  - {name}" in output for name in ("model.path", "reward.path", "reward.file"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("sd*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_recipes_for_real_models_are_sound_but_for_their_downloads(recipe: Path) -> None:
+    run = Run.load(recipe, files=False)
+    missing = run.missing()
+    assert missing[0].startswith("model.path: there is no folder or file models/")
+    wanted = {entry.reward.name for entry in run.reward} - {"jpeg_compressibility"}
+    assert {line.split(": ")[1] for line in missing[1:]} == wanted
+    assert all("hf download" in line or "curl" in line for line in missing[1:])

@@ -23,7 +23,18 @@ from tailorpo.plan.display import duration, operations, size_text
 from tailorpo.plan.networks import Architecture, build_network, build_reward
 from tailorpo.policy import Policy
 from tailorpo.progress import Plain
-from tailorpo.rewards import Aesthetic, Brightness, ClipPreference, CustomReward, EmojiPreference, load_scorer
+from tailorpo.rewards import (
+    OCR,
+    Aesthetic,
+    Brightness,
+    ClipScore,
+    CustomReward,
+    EmojiPreference,
+    HPSv2,
+    ImageReward,
+    PickScore,
+    load_scorer,
+)
 from tailorpo.run import Run
 from tailorpo.rundir import RunDirectory
 from tailorpo.train import Session
@@ -51,10 +62,11 @@ def parameters(*modules: Any) -> int:
 def test_architectures_have_the_published_sizes(
     architecture: Architecture, unet: int, texts: tuple[int, ...], adapter: int | None
 ) -> None:
-    network = build_network(ModelConfig(path="nowhere", lora=None), "meta", architecture=architecture)
+    family = "sdxl" if architecture == "sdxl" else "sd"
+    network = build_network(ModelConfig(path="nowhere", family=family, lora=None), "meta", architecture=architecture)
     assert parameters(network.model.unet) == unet
     assert parameters(network.model.vae) == 83_653_863
-    assert tuple(parameters(encoder) for encoder in network.text_encoders) == texts
+    assert tuple(parameters(encoder) for encoder in network.model.parts.text_encoders) == texts
     if adapter is not None:
         with_lora = build_network(ModelConfig(path="nowhere", lora=LoRA(rank=4)), "meta", architecture=architecture)
         assert parameters(with_lora.model.unet) == unet + adapter
@@ -62,13 +74,16 @@ def test_architectures_have_the_published_sizes(
 
 
 def test_rewards_have_the_published_sizes() -> None:
-    vision = 303_966_208  # tower and projection of ViT-L/14
-    head = sum((a + 1) * b for a, b in ((768, 1024), (1024, 128), (128, 64), (64, 16), (16, 1)))
-    aesthetic = build_reward(Aesthetic(path="nowhere", file="nowhere"), "meta")
-    assert parameters(*aesthetic.modules) == vision + head
+    aesthetic = build_reward(Aesthetic(path="nowhere"), "meta")
+    assert parameters(*aesthetic.modules) == 303_966_208  # tower and projection of ViT-L/14; the head is an affine map
     assert "nowhere is not on the disk" in (aesthetic.assumption or "")
-    assert parameters(*build_reward(ClipPreference(path="nowhere"), "meta").modules) == 986_109_441
+    assert parameters(*build_reward(PickScore(path="nowhere"), "meta").modules) == 986_109_441
+    assert parameters(*build_reward(HPSv2(path="nowhere"), "meta").modules) == 986_109_441
+    assert parameters(*build_reward(ClipScore(path="nowhere"), "meta").modules) == 151_277_313
+    projections = 256 * (1024 + 1) + 256 * (768 + 1)  # of BLIP, which ImageReward does not use
+    assert parameters(*build_reward(ImageReward(path="nowhere"), "meta").modules) == 445_737_984 - projections
     assert build_reward(Brightness(), "meta").score is None
+    assert not build_reward(OCR(), "meta").known
 
 
 def test_sd15_costs_what_is_known_of_it() -> None:
@@ -80,6 +95,25 @@ def test_sd15_costs_what_is_known_of_it() -> None:
     # fvcore and others report 339 to 402 G multiply-adds for the UNet at 512 x 512, depending on what they count of
     # attention; theory: 803 G operations with all of it.
     assert meter.total == pytest.approx(803e9, rel=0.01)
+
+
+def miniature_plan(*overrides: str) -> Plan:
+    return make_plan(Run.load("recipes/emoji_tailorpo_g.yaml", ["eval.batch_size=1", *overrides], files=False))
+
+
+def test_what_makes_a_run_smaller() -> None:
+    plain, tiny = miniature_plan(), miniature_plan("model.tiny_vae=nowhere")
+    again = miniature_plan("model.gradient_checkpointing=true")
+    counts = {(work.kind, work.phase): work.count for work in tiny.work}
+    assert counts["draft decode", "training"] == 10
+    assert counts["decode", "training"] == 1
+    activations = [plan.memory["activations, at most"] for plan in (plain, again)]
+    assert activations[1] < 0.6 * activations[0]
+    units = [{work.kind: work.operations for work in plan.work} for plan in (plain, again)]
+    # A checkpointed backward runs blocks a second time, at most the whole network.
+    extra = units[1]["backward"] - units[0]["backward"]
+    assert 0.5 * units[0]["forward"] < extra <= units[0]["forward"]
+    assert units[1]["forward"] == units[0]["forward"]
 
 
 def test_live_bytes_of_hand_made_calls() -> None:

@@ -107,7 +107,7 @@ class Parts:
         modules = [module for reward in [*self.rewards, *judge] for module in reward.modules]
         return {
             "denoising network": frozen,
-            "VAE": tensor_bytes(model.vae.parameters()),
+            "VAE": tensor_bytes([*model.vae.parameters(), *(model.tiny_vae.parameters() if model.tiny_vae else ())]),
             "text encoders": sum(tensor_bytes(encoder.parameters()) for encoder in model.parts.text_encoders),
             "rewards": sum(tensor_bytes(module.parameters()) for module in modules),
             "what is trained, its gradient, Adam's moments": 4 * trained,
@@ -129,6 +129,9 @@ def _work(run: Run, cost: Cost, units: dict[str, float]) -> tuple[Work, ...]:
     pictures = 2 * (len(seen) + len(unseen)) * run.eval.seeds
     forwards = pictures // 2 * run.sampler.steps
     queries, gradients = mean(lambda each: each.reward_queries), mean(lambda each: each.picture_gradients)
+    # With a tiny VAE the pictures on the way are drafts; those of a trained last step are taken for drafts, too.
+    draft = run.model.tiny_vae is not None and cost.scored_rows > 0
+    drafts, draft_gradients = (queries - 1, gradients) if draft else (0.0, 0.0)
     texts = len({"", *load_prompts(run.prompts), *seen, *unseen})
 
     def work(kind: str, phase: Phase, count: float, *, dtype: DType = run.model.dtype) -> Work:
@@ -140,8 +143,10 @@ def _work(run: Run, cost: Cost, units: dict[str, float]) -> tuple[Work, ...]:
         work("reference forward", "training", mean(lambda each: each.references) / worth),
         work("backward", "training", mean(lambda each: each.backwards) / worth),
         work("input gradient", "training", mean(lambda each: each.input_gradients) * cost.scored_rows),
-        work("decode", "training", queries),
-        work("decode gradient", "training", gradients),
+        work("draft decode", "training", drafts),
+        work("draft decode gradient", "training", draft_gradients),
+        work("decode", "training", queries - drafts),
+        work("decode gradient", "training", gradients - draft_gradients),
         work("reward", "training", queries, dtype="float32"),
         work("reward gradient", "training", gradients, dtype="float32"),
         work("forward", "evaluation", forwards),
@@ -169,7 +174,8 @@ def phases(run: Run, calls: Calls, cost: Cost) -> dict[str, Callable[[], None]]:
     def score() -> None:
         if cost.scored_rows:
             latents = cost.input_gradients > 0
-            calls.scoring(micro * cost.scored_rows, pictures=cost.picture_gradients > 0, latents=latents)
+            rows = micro * cost.scored_rows
+            calls.scoring(rows, pictures=cost.picture_gradients > 0, latents=latents, draft=True)
 
     def inline() -> None:
         graphs = [graph(micro * cost.graph_rows) for _ in range(cost.graphs)]
@@ -183,7 +189,7 @@ def phases(run: Run, calls: Calls, cost: Cost) -> dict[str, Callable[[], None]]:
 
     def evaluation() -> None:
         with torch.no_grad():
-            calls.scoring(run.eval.batch_size, pictures=False, latents=False)
+            calls.scoring(run.eval.batch_size, pictures=False, latents=False, draft=False)
 
     if algorithm.update == "inline":
         return {"evaluation": evaluation, "collect and train": inline if trainable else score}

@@ -15,15 +15,14 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -36,19 +35,37 @@ _TIME = 500
 _ATEN: Any = torch.ops.aten
 
 
-class FusedAttention(TorchFunctionMode):
-    """On the meta device: attention as one fused kernel with its own backward, as GPUs run it."""
+@contextmanager
+def fused_attention() -> Generator[None]:
+    """On the meta device: attention as one fused kernel with its own backward, as GPUs run it.
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or args[0].device.type != "meta":
-            return func(*args, **kwargs)
-        query, key, value = args[:3]
+    The function itself is replaced; a TorchFunctionMode would be off inside a backward, where checkpointed layers run
+    again.
+    """
+    original: Any = F.scaled_dot_product_attention
+
+    def fused(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if query.device.type != "meta" or enable_gqa:
+            return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-        mask, causal, scale = kwargs.get("attn_mask"), kwargs.get("is_causal", False), kwargs.get("scale")
         return _ATEN._scaled_dot_product_efficient_attention(
-            query, key, value, mask, gradient, 0.0, bool(causal), scale=scale
+            query, key, value, attn_mask, gradient, 0.0, is_causal, scale=scale
         )[0]
+
+    F.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
 
 
 class Operations(TorchDispatchMode):
@@ -129,10 +146,10 @@ class Calls:
             torch.autograd.grad(output.sum(), x)
         return output
 
-    def decode(self, rows: int, *, gradient: bool = False) -> None:
-        """Pictures, and the gradient of the latents."""
+    def decode(self, rows: int, *, draft: bool = False, gradient: bool = False) -> None:
+        """Pictures, by the decoder for pictures on the way if they are a draft, and the gradient of the latents."""
         x = self.latents(rows, gradient=gradient)
-        _scalar(self.model.decode, x, gradient=gradient)
+        _scalar(self.model.decode_draft if draft else self.model.decode, x, gradient=gradient)
 
     def score(self, reward: RewardNetwork, rows: int, *, gradient: bool = False) -> None:
         """One reward of pictures, and the gradient of the pictures."""
@@ -142,7 +159,7 @@ class Calls:
         if reward.score is not None:
             _scalar(reward.score, pictures, gradient=gradient)
 
-    def scoring(self, rows: int, *, pictures: bool, latents: bool) -> None:
+    def scoring(self, rows: int, *, pictures: bool, latents: bool, draft: bool) -> None:
         """A step's candidates scored in one go: network, decoder, rewards, and back as far as asked for."""
         x = self.latents(rows, gradient=latents)
         with torch.set_grad_enabled(latents):
@@ -150,7 +167,7 @@ class Calls:
         if not latents:
             x = clean = clean.detach().requires_grad_(pictures)
         with torch.set_grad_enabled(pictures):
-            images = self.model.decode(clean)
+            images = self.model.decode_draft(clean) if draft else self.model.decode(clean)
             total = images.flatten(1).mean(1)
             for reward in self.rewards:
                 if reward.score is not None and not reward.loaded:
@@ -170,7 +187,7 @@ def operations(call: Callable[[], object]) -> float:
     """Floating-point operations of a call."""
     meter = Operations()
     # Attention that runs on a CPU is counted by its matrix products; the formulas do not know its fused kernel.
-    with sdpa_kernel(SDPBackend.MATH), FusedAttention(), meter:
+    with sdpa_kernel(SDPBackend.MATH), fused_attention(), meter:
         call()
     return float(meter.total)
 
@@ -178,7 +195,7 @@ def operations(call: Callable[[], object]) -> float:
 def peak_bytes(call: Callable[[], object]) -> int:
     """The most bytes alive at once that a call allocates."""
     meter = LiveBytes()
-    with FusedAttention(), meter:
+    with fused_attention(), meter:
         call()
     return meter.peak
 
@@ -213,6 +230,7 @@ def unit_costs(
             "reference forward": per_row(lambda: calls.forward(rows, reference=True)),
             "text": measure(calls.network.encode),
             "decode": per_row(lambda: calls.decode(rows)),
+            "draft decode": per_row(lambda: calls.decode(rows, draft=True)),
             "reward": of(calls.rewards),
             "judge": of([judge] if judge else []),
         }
@@ -223,6 +241,7 @@ def unit_costs(
         "backward": with_weights - found["forward"],
         "input gradient": per_row(lambda: calls.forward(rows, "input")) - found["forward"],
         "decode gradient": per_row(lambda: calls.decode(rows, gradient=True)) - found["decode"],
+        "draft decode gradient": per_row(lambda: calls.decode(rows, draft=True, gradient=True)) - found["draft decode"],
         "reward gradient": of(calls.rewards, gradient=True) - found["reward"],
     }
 

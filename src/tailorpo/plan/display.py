@@ -16,6 +16,8 @@ _WHAT = {
     "text": "text encoder, one prompt; once",
     "decode": "VAE decoder, one picture",
     "decode gradient": "back through the decoder",
+    "draft decode": "tiny VAE, one picture on the way",
+    "draft decode gradient": "back through the tiny VAE",
     "reward": "one picture",
     "reward gradient": "back through the reward",
     "judge": "one picture",

@@ -15,6 +15,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor, nn
@@ -116,17 +117,20 @@ def build_network(
         with torch.device(device):
             unet = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(found["unet"]))
             vae = cast(AutoencoderKL, AutoencoderKL.from_config(found["vae"]))
+            # diffusers' default configuration is TAESD's.
+            tiny = AutoencoderTiny(latent_channels=vae.config["latent_channels"]) if config.tiny_vae else None
             encoders: list[Any] = [CLIPTextModel(CLIPTextConfig(**found["text_encoder"]))]
             if xl:
                 encoders.append(CLIPTextModelWithProjection(CLIPTextConfig(**found["text_encoder_2"])))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"model.path: the networks described in {config.path} cannot be built: {error}") from error
-    for network in (unet, vae, *encoders):
-        nn.Module.to(network, dtype).eval().requires_grad_(False)
+    for network in (unet, vae, tiny, *encoders):
+        if network is not None:
+            nn.Module.to(network, dtype).eval().requires_grad_(False)
     parts = Parts(
         unet=unet,
         vae=vae,
-        tiny_vae=None,
+        tiny_vae=tiny,
         text_encoders=tuple(encoders),
         tokenizers=(),
         scheduler=DDIMScheduler(),
