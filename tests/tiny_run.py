@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,19 @@ def refused(*arguments: str | Path) -> str:
     assert result.exit_code == 2, result.output
     assert "Traceback" not in result.output
     return result.output
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """Everything a run leaves that must not depend on its interruptions."""
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    checkpoints = sorted((run / "checkpoints").iterdir())
+    return {
+        "metrics": [{name: value for name, value in line.items() if name != "seconds"} for line in metrics],
+        "lora": (run / "lora" / "pytorch_lora_weights.safetensors").read_bytes(),
+        "checkpoints": {
+            f"{folder.name}/{name}": (folder / name).read_bytes()
+            for folder in checkpoints
+            for name in ("tensors.safetensors", "state.json")
+        },
+        "eval": json.loads((run / "eval.json").read_text())["groups"],
+    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import random
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import tailorpo, write_recipe
+from tiny_run import outcome, tailorpo, write_recipe
 
 UPDATES = 5
 BUFFERED = {
@@ -60,22 +59,6 @@ def start(processes: Any, *arguments: str | Path, limit: int | None = None) -> A
     process = processes.Process(target=_command, args=([str(argument) for argument in arguments], limit))
     process.start()
     return process
-
-
-def outcome(run: Path) -> dict[str, Any]:
-    """Everything a run leaves that must not depend on its interruptions."""
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    checkpoints = sorted((run / "checkpoints").iterdir())
-    return {
-        "metrics": [{name: value for name, value in line.items() if name != "seconds"} for line in metrics],
-        "lora": (run / "lora" / "pytorch_lora_weights.safetensors").read_bytes(),
-        "checkpoints": {
-            f"{folder.name}/{name}": (folder / name).read_bytes()
-            for folder in checkpoints
-            for name in ("tensors.safetensors", "state.json")
-        },
-        "eval": json.loads((run / "eval.json").read_text())["groups"],
-    }
 
 
 @pytest.fixture(scope="module", params=[GUIDED, BUFFERED], ids=["guided", "buffered"])

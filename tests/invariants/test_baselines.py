@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import refused, settings, tailorpo, write_recipe
+from tiny_run import outcome, refused, settings, tailorpo, write_recipe
 from torch import Tensor
 
 from tailorpo.algorithms.base import Algorithm
@@ -381,17 +381,6 @@ def test_one_update_costs_what_is_announced(
 
 D3PO_EPOCHS = {"name": "d3po", "inner_epochs": 2, "minibatch": 1, "accumulate": 3}
 DDPO_EPOCHS = {"name": "ddpo", "inner_epochs": 2, "minibatch": 1, "accumulate": 3, "history": 3, "history_min": 2}
-
-
-def outcome(run: Path) -> dict[str, Any]:
-    """Everything a run leaves that must not depend on its interruptions."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {
-        "metrics": [{name: value for name, value in line.items() if name != "seconds"} for line in lines],
-        "lora": (run / "lora" / "pytorch_lora_weights.safetensors").read_bytes(),
-        "checkpoint": {path.name: path.read_bytes() for path in (run / "checkpoints" / "update-000004").iterdir()},
-        "eval": json.loads((run / "eval.json").read_text())["groups"],
-    }
 
 
 @pytest.mark.parametrize("algorithm", [D3PO_EPOCHS, DDPO_EPOCHS], ids=["d3po", "ddpo"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import settings, tailorpo, write_recipe
+from tiny_run import outcome, settings, tailorpo, write_recipe
 from torch import Tensor
 
 from tailorpo.optimizer import Learner
@@ -117,17 +117,6 @@ def test_batch_micro_changes_memory_and_not_the_result(tmp_path: Path, tiny_fold
     for line, other in zip(lines, others, strict=True):
         for name in ("gap", "scale:brightness", "agreement:brightness", "abstained"):
             assert other[name] == pytest.approx(line[name], rel=1e-3)
-
-
-def outcome(run: Path) -> dict[str, Any]:
-    """What a run leaves that must not depend on its interruptions."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {
-        "metrics": [{name: value for name, value in line.items() if name != "seconds"} for line in lines],
-        "lora": (run / "lora" / "pytorch_lora_weights.safetensors").read_bytes(),
-        "checkpoint": {path.name: path.read_bytes() for path in (run / "checkpoints" / "update-000004").iterdir()},
-        "eval": json.loads((run / "eval.json").read_text())["groups"],
-    }
 
 
 class Opposite:
