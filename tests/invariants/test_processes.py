@@ -96,7 +96,7 @@ def test_two_processes_train_as_one_does(tiny_folder: Path, tmp_path: Path, meth
     ours_first, theirs_first = flat(a[0]), flat(b[0])
     summed = {".loss", ".grad_norm"}
     assert {name for name in ours_first if ours_first[name] != theirs_first[name]} <= summed
-    # Gaps that an ensemble divides by their scale, 1e-5 of a brightness here, show the rounding of pictures larger.
+    # Gaps that an ensemble divides by their scale, which is tiny here, show the rounding of pictures larger.
     rel = 1e-3 if method == "ensemble" else 1e-4
     for mine, other in zip(a, b, strict=True):
         for name, value in flat(mine).items():
