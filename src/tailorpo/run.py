@@ -39,18 +39,8 @@ from tailorpo.samplers import DDIM
 from tailorpo.settings import Binder, check_fields, did_you_mean, plain
 from tailorpo.yaml_tree import Tree, override, read_yaml
 
-TRACKERS = {
-    "aim": "aim",
-    "clearml": "clearml",
-    "comet_ml": "comet_ml",
-    "dvclive": "dvclive",
-    "mlflow": "mlflow",
-    "swanlab": "swanlab",
-    "tensorboard": "tensorboard",
-    "trackio": "trackio",
-    "wandb": "wandb",
-}
-"""Names a run file may list under `trackers`, each with the package it needs."""
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
+"""Names a run file may list under `trackers`; each is also that of the package it needs."""
 
 RESUMABLE = ("updates", "checkpoint_every", "eval", "trackers")
 """The settings that may change when a run is resumed: what was trained so far does not depend on them."""
@@ -325,10 +315,10 @@ def _impossible(values: Mapping[str, Any]) -> list[str]:
         problems.append(f"batch.micro is {batch.micro}, more than the {batch.trajectories} of batch.trajectories")
     for name in cast(tuple[str, ...], values.get("trackers", ())):
         if name not in TRACKERS:
-            known = did_you_mean(name, list(TRACKERS)) or f"; known are {', '.join(TRACKERS)}"
+            known = did_you_mean(name, TRACKERS) or f"; known are {', '.join(TRACKERS)}"
             problems.append(f"trackers: there is no `{name}`{known}")
-        elif find_spec(TRACKERS[name]) is None:
-            problems.append(f"trackers: {name} is not installed; `pip install {TRACKERS[name]}` or leave it out")
+        elif find_spec(name) is None:
+            problems.append(f"trackers: {name} is not installed; `pip install {name}` or leave it out")
     return problems
 
 
