@@ -62,7 +62,7 @@ class RandomReward:
 def recipe(device: torch.device, *, micro: int, architecture: str = "sd15", **algorithm: Any) -> Run:
     """TailorPO on the network of the device."""
     gpu = device.type == "cuda"
-    aesthetic = {"name": "aesthetic", "path": "random", "file": "random"}
+    aesthetic = {"name": "aesthetic", "path": "random"}
     return Run.from_dict(
         {
             "updates": 100,
@@ -85,7 +85,8 @@ def session(run: Run, parts: Parts, folder: Path) -> Observed:
     """A training session on networks with random weights; its prompts count as encoded."""
     model: Any = parts.network.model
     cond = parts.network.conditioning(1)
-    model._encoded = dict.fromkeys(["", *PROMPTS], cond.positive[0])
+    texts = [cond.positive, *([cond.pooled_positive] if cond.pooled_positive is not None else [])]
+    model._encoded = dict.fromkeys(["", *PROMPTS], tuple(each[0] for each in texts))
     score = parts.rewards[0].score
     assert score is not None
     return observe_model(run, folder, model, [(RandomReward(score), 1.0)])

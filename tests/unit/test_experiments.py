@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tailorpo.algorithms.tailorpo import TailorPO
 from tailorpo.errors import UserError
 from tailorpo.experiments.catalogue import FURTHER, GRIDS, KNOBS, LEARNING_RATES, METHODS, OBJECTS, PREFERENCE
 from tailorpo.experiments.cell import RESULT, marks, run_cell
@@ -21,6 +22,7 @@ from tailorpo.experiments.grid import Grid, Plan, plans, quick
 from tailorpo.experiments.runner import Places, finished_cells, read_results, run_cells, write_results
 from tailorpo.experiments.tables import by_variant, first_crossing, gains, grid_tables
 from tailorpo.experiments.tuning import confirmed, finalists, winners
+from tailorpo.guidance import SigmaGuidance, TargetGuidance
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 BY_NAME = {grid.name: grid for grid in GRIDS}
@@ -92,6 +94,19 @@ def test_a_changed_setting_changes_the_digest_and_nothing_else_does() -> None:
         digest(rewards={PREFERENCE: (2,)}),
     }
     assert len(others | {digest()}) == 5
+
+
+def test_a_setting_that_is_added_later_makes_no_result_out_of_date() -> None:
+    """What is left at its default, such as all that came after the committed results, is not in the digest."""
+    (plan,) = plans(some("TailorPO-G"), recipes=RECIPES)
+    spelt = replace(plan, run=replace(plan.run, ensemble=None, model=replace(plan.run.model, full=False)))
+    assert spelt.digest == plan.digest
+    assert replace(plan, run=replace(plan.run, model=replace(plan.run.model, channels_last=True))).digest != plan.digest
+    algorithm = plan.run.algorithm
+    assert isinstance(algorithm, TailorPO)
+    for guidance in (None, SigmaGuidance(k=7.5), TargetGuidance(delta=0.5)):
+        changed = replace(plan, run=replace(plan.run, algorithm=replace(algorithm, guidance=guidance)))
+        assert changed.digest != plan.digest
 
 
 def test_the_catalogue_is_sound() -> None:

@@ -13,15 +13,16 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tailorpo.errors import UserError
 from tailorpo.noise import Noise
 from tailorpo.prompts import load_prompts
 from tailorpo.rewards import describe_rewards
 from tailorpo.run import Run
+from tailorpo.settings import plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +116,12 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """Changes when any setting does: a result with another one is out of date."""
-        text = json.dumps([self.run.to_dict(), _evaluation(self.measured), self.points], sort_keys=True)
+        """Changes when any setting does: a result with another one is out of date.
+
+        A setting at its default counts as not there, so that one that is added later makes no result out of date.
+        """
+        evaluation = {name: _without_defaults(getattr(self.measured, name)) for name in EVALUATION}
+        text = json.dumps([_without_defaults(self.run), evaluation, self.points], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
@@ -124,6 +129,9 @@ class Plan:
         """All of it in units of a forward; a backward pass counts as two."""
         return self.forwards + 2 * self.backwards + 4 * self.input_gradients + self.evaluation
 
+
+EVALUATION = ("seed", "reward", "prompts", "sampler", "eval")
+"""The sections of a run that say how it is evaluated."""
 
 MEASURED = "emoji_tailorpo.yaml"
 """The recipe whose evaluation every cell gets, with the grid's overrides."""
@@ -227,10 +235,22 @@ def _evaluated_prompts(run: Run) -> tuple[int, int]:
     return seen, seen + unseen
 
 
-def _evaluation(run: Run) -> dict[str, Any]:
-    """The sections of a run that say how it is evaluated."""
-    data = run.to_dict()
-    return {name: data[name] for name in ("seed", "reward", "prompts", "sampler", "eval")}
+def _without_defaults(value: Any) -> Any:
+    """A dataclass tree as plain data with the names of its classes, without what is at its default."""
+    if is_dataclass(value) and not isinstance(value, type):
+        changed = {
+            item.name: _without_defaults(getattr(value, item.name))
+            for item in fields(value)
+            if getattr(value, item.name) != _default(item)
+        }
+        return {"class": type(value).__name__, **changed}
+    if isinstance(value, tuple | list):
+        return [_without_defaults(each) for each in cast(Sequence[Any], value)]
+    return plain(value)
+
+
+def _default(item: Field[Any]) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()
 
 
 def settings_of(run: Run) -> dict[str, Any]:
