@@ -394,7 +394,7 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(
     assert tailorpo("train", recipe, "--out", tmp_path / "whole").exit_code == 0
     expected = outcome(tmp_path / "whole")
     # 4 updates of 2 trajectories: 3 prompts were met 2 or 3 times each.
-    remembered = json.loads(expected["checkpoint"]["state.json"])["memory"]
+    remembered = json.loads(expected["checkpoints"]["update-000004/state.json"])["memory"]
     assert sorted(map(len, remembered.values())) == ([2, 3, 3] if algorithm["name"] == "ddpo" else [])
 
     plain = Session.update
