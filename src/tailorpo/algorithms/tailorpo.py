@@ -19,22 +19,22 @@ Left out: the ratio clamp of D3PO's and SPO's code (see `objectives`), and more 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tailorpo.algorithms.base import Cost, Gather, Update, alone, check_counts, common_problems
+from tailorpo.algorithms.guided import move_winner
 from tailorpo.algorithms.pairs import Pair, StoredPairs, pair_logit
-from tailorpo.gaussian_step import GaussianStep
 from tailorpo.guidance import Guidance, length
 from tailorpo.noise import Noise
 from tailorpo.objectives import dpo, soft_dpo
-from tailorpo.policy import Policy, PolicyStep
+from tailorpo.policy import Policy
 from tailorpo.rollout import Branch, Trajectories, rollout_branches
 from tailorpo.samplers import DDIM
-from tailorpo.step_rewards import Score, score_latents
+from tailorpo.step_rewards import Score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +232,7 @@ class TailorPO:
         tie = present & (reward_winner == reward_loser)
 
         gaussian = branch.step.detach().gaussian
-        moved = self._guide(policy, branch, trajectories, first, score=score)
+        moved = move_winner(self.guidance, policy, branch, trajectories, first, score=score)
         noises = branch.noises.flatten(0, 1)
         noise_winner, noise_loser = noises[first] + moved.push / gaussian.std, noises[second]
         noise_difference = noise_winner - noise_loser
@@ -275,49 +275,3 @@ class TailorPO:
             next_latents=next_latents,
             next_step=next_step,
         )
-
-    def _guide(
-        self, policy: Policy, branch: Branch, trajectories: Trajectories, winner: Tensor, *, score: Score
-    ) -> _Moved:
-        """Where guidance moves the winners; `winner` indexes the rows of the scored candidates."""
-        scored, guidance = branch.scored, self.guidance
-        latents, reward = scored.latents[winner], scored.reward[winner]
-        step = scored.step.rows(winner) if scored.step else None
-        zero, yes = torch.zeros_like(reward), torch.ones_like(reward, dtype=torch.bool)
-        if guidance is None or scored.gradient is None:
-            return _Moved(torch.zeros_like(latents), zero, accepted=yes, latents=latents, step=step)
-        gradient = scored.gradient[winner]
-        push = guidance.push(gradient, reward, std=branch.step.gaussian.std, progress=branch.k / policy.schedule.steps)
-        if not guidance.accept_reject:
-            # To first order; what it really is would cost a decode and a reward query.
-            gain = (gradient * push).flatten(1).sum(dim=1)
-            return _Moved(push, gain.nan_to_num(), accepted=yes, latents=latents + push, step=None)
-        again = score_latents(
-            policy, latents + push, k=branch.k + 1, cond=trajectories.cond, prompts=trajectories.prompts, score=score
-        )
-        accepted = again.reward > reward  # false where either is missing
-        keep = accepted.view(-1, 1, 1, 1)
-        if step is not None and again.step is not None:
-            mean = torch.where(keep, again.step.gaussian.mean, step.gaussian.mean)
-            x0 = torch.where(keep, again.step.x0, step.x0)
-            step = PolicyStep(GaussianStep(mean, step.gaussian.std), x0)
-        return _Moved(
-            push * keep,
-            torch.where(accepted, again.reward - reward, zero),
-            accepted=accepted,
-            latents=torch.where(keep, again.latents, latents),
-            step=step,
-        )
-
-
-@dataclass(frozen=True)
-class _Moved:
-    """Winners after guidance: how far they moved, what reward that gained, and the policy's step from there if it is
-    known."""
-
-    push: Tensor
-    gain: Tensor
-    _: KW_ONLY
-    accepted: Tensor
-    latents: Tensor
-    step: PolicyStep | None
