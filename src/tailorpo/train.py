@@ -199,8 +199,10 @@ class Session:
     @torch.no_grad()
     def final_reward(self, trajectories: Trajectories) -> dict[str, Tensor]:
         """The reward of the finished pictures, (B,), the method's own if it has scored them, and that of each member of
-        an ensemble, by the names they are logged under."""
+        an ensemble, by the names they are logged under; nothing where the method does not finish its pictures."""
         reward, members = trajectories.reward, trajectories.members
+        if reward is None and not trajectories.finished:
+            return {}
         if reward is None:
             pictures = self.policy.model.decode(trajectories.latents)
             if self.scales is None:

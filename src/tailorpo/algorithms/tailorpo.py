@@ -60,6 +60,8 @@ class TailorPO:
         labels: "hard" as in the paper, or "soft": the winner is better with probability sigmoid(gap / tau).
         tau: label temperature in units of the reward, the same for all steps; needed for soft labels.
         continue_from: which candidate the trajectory goes on from.
+        finish: walk on to the picture after the last trained step. Only the log's `reward_final` needs it; without it
+            every trajectory saves the evaluations after that step, one decode and one reward query.
         guidance: moves the winner before training (TailorPO-G); null for none.
         update: "inline": the sampling forward's graph serves the loss, one optimizer step per update; "buffered":
             pairs are collected first and trained in shuffled minibatches.
@@ -76,6 +78,7 @@ class TailorPO:
     labels: Literal["hard", "soft"] = "hard"
     tau: float | None = None
     continue_from: Literal["winner", "random", "loser"] = "winner"
+    finish: bool = True
     guidance: Guidance | None = None
     update: Update = "inline"
     inner_epochs: int = 1
@@ -145,7 +148,7 @@ class TailorPO:
         guidance, inline = self.guidance, self.update == "inline"
         rescored = guidance is not None and guidance.accept_reject
         forwards, input_gradients, known = 0, 0, False
-        for k in range(steps):
+        for k in range(steps if self.finish else max(trained) + 1):
             branching = k in trained
             # The walk's own evaluation; a graph for the loss needs a new one even where a score left one without.
             forwards += not known or (inline and branching)
@@ -161,7 +164,7 @@ class TailorPO:
             forwards=forwards + (0 if inline else epochs * len(trained)),
             backwards=epochs * len(trained),
             input_gradients=input_gradients,
-            reward_queries=len(trained) * (2 + rescored) + 1,
+            reward_queries=len(trained) * (2 + rescored) + (self.finish or steps - 1 in trained),
             references=len(trained),
             picture_gradients=0 if guidance is None else 2 * len(trained),
             scored_rows=2,
@@ -196,6 +199,7 @@ class TailorPO:
             decide=decide,
             graph=self.update == "inline",
             gradient="none" if self.guidance is None else self.guidance.jacobian,
+            finish=self.finish,
             on_step=on_step,
         )
 
