@@ -257,6 +257,10 @@ GRIDS = (
                 "sigma, k 4": "{form: sigma, k: 4.0}",
                 "sigma, k 8": "{form: sigma, k: 8.0}",
                 "sigma, k 4, Jacobian-free": "{form: sigma, k: 4.0, jacobian: free}",
+                "sigma, k 8, symmetric": "{form: sigma, k: 8.0, symmetric: true}",
+                "sigma, k 8, shell": "{form: sigma, k: 8.0, shell: true}",
+                "sigma, k 8, corrected beta": "{form: sigma, k: 8.0, corrected_beta: true}",
+                "sigma, k 8, annealed to 1": "{form: sigma, k: 8.0, anneal: {to: 1.0, over: 19}}",
             }.items()
         ),
         seeds={PREFERENCE: (1, 2, 3)},
