@@ -16,8 +16,8 @@ from tailorpo.step_rewards import Score, score_latents
 
 @dataclass(frozen=True)
 class Moved:
-    """Pairs after guidance: how far winner and loser moved, by what reward that widened their gap, where the winners are
-    now, and the policy's step from there if it is known."""
+    """Pairs after guidance: how far winner and loser moved, by what reward that widened their gap, where the winners
+    are now, and the policy's step from there if it is known."""
 
     push: Tensor
     push_loser: Tensor

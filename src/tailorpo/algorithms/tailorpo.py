@@ -127,8 +127,8 @@ class TailorPO:
             )
         if isinstance(self.guidance, SigmaGuidance) and self.guidance.corrected_beta and self.labels == "soft":
             found.append(
-                "algorithm.guidance.corrected_beta is for hard labels: soft ones grow with the push themselves, and their"
-                " optimum lies where it did; set labels to hard or corrected_beta to false"
+                "algorithm.guidance.corrected_beta is for hard labels: soft ones grow with the push themselves, and"
+                " their optimum lies where it did; set labels to hard or corrected_beta to false"
             )
         return found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tailorpo.experiments import gradient_direction, hacking, step_reward
+from tailorpo.experiments import gradient_direction, hacking, pair_worth, step_reward
 from tailorpo.experiments.grid import Grid, Variant
 from tailorpo.experiments.measurement import Measurement
 
@@ -298,6 +298,20 @@ MEASUREMENTS = (
         measure=gradient_direction.measure,
         table=gradient_direction.table,
         plot=gradient_direction.plot,
+    ),
+    Measurement(
+        name="pair-worth",
+        question="How many plain pairs is a guided pair worth, and how much of its progress does the judge see?",
+        paper="none; guidance is Section 4.3",
+        statistic="squared signal to noise of a pair's gradient along the mean gradient of plain pairs",
+        recipe="emoji_tailorpo_g.yaml",
+        overrides=("seed=10",),
+        sizes={"pairs": 120},
+        quick={"pairs": 3},
+        cost=pair_worth.cost,
+        measure=pair_worth.measure,
+        table=pair_worth.table,
+        plot=pair_worth.plot,
     ),
     Measurement(
         name="hacking",
