@@ -22,9 +22,9 @@ settings follow from that:
     symmetric       winner by +k / 2, loser by -k / 2, both along g = g_w + g_l: the same Delta+ for any given g, but
                     the pair's mean stays where the policy put it, and the walk goes on from a winner moved half as far
     corrected_beta  beta' = beta / (1 + 0.886 k): the mean of beta' Delta+ is what that of beta Delta was, so the pull
-                    at the reference is the same and it fades at the same u. That is a scale and no more: far out, a plain
-                    loss keeps on pulling as 0.46 / (beta |u|^2), by pairs whose order is nearly even, of which a push
-                    leaves none
+                    at the reference is the same, and a gradient flow needs the same time to come to any |u| up to
+                    3 / beta within a quarter, for every k. Beyond, no scale can do it: a plain loss keeps on pulling as
+                    0.46 / (beta |u|^2), by pairs whose order is nearly even, of which a push leaves none
     shell           z+ <- z+ |z| / |z+|: the noise keeps the length that it was drawn with, after DSG (Yang et al. 2024,
                     arXiv 2402.03201). It shrinks z+ by about k^2 / (2 D), so it matters where D is small
 
@@ -33,9 +33,9 @@ settings follow from that:
 With `accept_reject` x+ is scored too, and where its step reward is not higher the winner stays where it was; the
 evaluation of x+ is the next step's, so only a decode and a reward query are added.
 
-Guo et al. 2024 (arXiv 2404.14743) is the source of Eq. 14's form. Left out: a direction for each of a symmetric pair (it
-moves the pair's mean, by k / 4 of their difference); k = sigma |g| / beta, the size that the tilt by exp(reward / beta)
-asks for, which brings back the reward's units; a trust region beside k, which is one.
+Guo et al. 2024 (arXiv 2404.14743) is the source of Eq. 14's form. Left out: a direction for each of a symmetric pair
+(it moves the pair's mean, by k / 4 of their difference); k = sigma |g| / beta, the size that the tilt by
+exp(reward / beta) asks for, which brings back the reward's units; a trust region beside k, which is one.
 """
 
 from __future__ import annotations

@@ -341,8 +341,8 @@ def table(content: dict[str, Any]) -> str:
     lines += [
         "",
         "Progress: along the mean gradient of plain pairs, in units of a plain pair's. Noise: of one pair's gradient,"
-        " in those units. Worth: their ratio, squared. Judge's share: progress along the mean gradient of pairs that the"
-        " judge ranks, per progress along that of the trained reward's, in units of a plain pair's.",
+        " in those units. Worth: their ratio, squared. Judge's share: progress along the mean gradient of pairs that"
+        " the judge ranks, per progress along that of the trained reward's, in units of a plain pair's.",
     ]
     return "\n".join(lines) + "\n"
 
