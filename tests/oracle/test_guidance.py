@@ -104,7 +104,7 @@ def test_the_shell_keeps_the_length_of_every_noise_and_the_direction_of_the_push
 
 
 def drift(beta: float, size: float, k: float) -> float:
-    """E[beta X sigmoid(-beta size X)] for X = |N(0, 2)| + k: the pull on |u| = size of hard-label DPO, by quadrature."""
+    """E[beta X sigmoid(-beta size X)] for X = |N(0, 2)| + k: the pull of hard-label DPO at |u| = size."""
 
     def integrand(x: float) -> float:
         value = beta * (x + k)

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ from tailorpo.train import Reporter
 
 Matrix = NDArray[np.float64]
 
-BLOCKS = 20
+EACH = 2
+"""Trajectories of a block. The blocks of a smaller size are the first of a larger one, which goes on from them."""
 CANDIDATES = 4
 RANKS = (3 / 6, 1 / 6, -1 / 6, -3 / 6)
 """Of the mean over all six pairs of four ranked candidates."""
@@ -107,30 +108,35 @@ def measure(settings: Settings, folder: Path, reporter: Reporter) -> dict[str, A
         UserError: there is no judge, or less than two trajectories.
     """
     run, pairs = settings.run, settings.sizes["pairs"]
-    if run.eval.judge is None or pairs < 2:
-        raise UserError(f"pair-worth needs eval.judge and --pairs of at least 2, got {run.eval.judge} and {pairs}")
+    blocks = pairs // EACH
+    if run.eval.judge is None or blocks < 2:
+        raise UserError(
+            f"pair-worth needs eval.judge and --pairs of at least {2 * EACH}, got {run.eval.judge} and {pairs}"
+        )
     policy, noise, prompts = base_policy(run), Noise(run.seed), load_prompts(run.prompts)
     device = policy.model.device
     scorers = load_scorer(run.reward, device), Scorer([(run.eval.judge.load(device), 1.0)], on_invalid="skip")
     trained = run.algorithm.trained_steps(run.sampler.steps, noise=noise, update=0)
-    data = run.to_dict()
+    data, head = run.to_dict(), described(replace(settings, sizes={}))
+    judge = data["eval"]["judge"]
     lines = Lines(
-        folder / "blocks.jsonl", {**described(settings), "reward": data["reward"], "algorithm": data["algorithm"]}
+        folder / "blocks.jsonl", {**head, "reward": data["reward"], "algorithm": data["algorithm"], "judge": judge}
     )
-    blocks, done = min(BLOCKS, pairs), {row["block"] for row in lines.rows}
+    done = {row["block"] for row in lines.rows}
     reporter.phase("gradients of pairs")
     for block in range(blocks):
-        numbers = range(block, pairs, blocks)
+        numbers = range(EACH * block, EACH * (block + 1))
         if block not in done:
             total, gram, count = _block(policy, numbers, prompts, trained=trained, noise=noise, scorers=scorers)
             save_file({"sums": total}, _file(folder, block))
             lines.add({"block": block, "count": count, "gram": gram.tolist()})
         reporter.step(block + 1, blocks)
-    return {"sizes": dict(settings.sizes), "trained": list(trained), **summary(*_gathered(lines.rows, folder))}
+    rows = [row for row in lines.rows if row["block"] < blocks]
+    return {"sizes": dict(settings.sizes), "trained": list(trained), **summary(*_gathered(rows, folder))}
 
 
 def _file(folder: Path, block: int) -> Path:
-    return folder / f"block-{block:02d}.safetensors"
+    return folder / f"block-{block:03d}.safetensors"
 
 
 def _block(
@@ -237,10 +243,11 @@ def _gathered(rows: Sequence[dict[str, Any]], folder: Path) -> tuple[Matrix, Mat
     """Products between the blocks' sums, (blocks, basis, blocks, basis), within trajectories, (blocks, basis, basis),
     and the numbers of trajectories, (blocks,)."""
     ordered = sorted(rows, key=lambda row: row["block"])
-    sums = torch.stack([load_file(_file(folder, row["block"]))["sums"] for row in ordered]).double()
-    cross = torch.einsum("iap,jbp->iajb", sums, sums)
+    sums = torch.stack([load_file(_file(folder, row["block"]))["sums"] for row in ordered])
+    flat = sums.flatten(0, 1)
+    cross = (flat @ flat.T).view(*sums.shape[:2], *sums.shape[:2])
     return (
-        cross.numpy(),
+        cross.double().numpy(),
         np.array([row["gram"] for row in ordered]),
         np.array([row["count"] for row in ordered], dtype=float),
     )
