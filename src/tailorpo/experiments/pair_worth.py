@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from scipy import stats
 from torch import Tensor
 
@@ -128,7 +128,7 @@ def measure(settings: Settings, folder: Path, reporter: Reporter) -> dict[str, A
         numbers = range(EACH * block, EACH * (block + 1))
         if block not in done:
             total, gram, count = _block(policy, numbers, prompts, trained=trained, noise=noise, scorers=scorers)
-            save_file({"sums": total}, _file(folder, block))
+            _file(folder, block).write_bytes(save({"sums": total}))
             lines.add({"block": block, "count": count, "gram": gram.tolist()})
         reporter.step(block + 1, blocks)
     rows = [row for row in lines.rows if row["block"] < blocks]
@@ -243,7 +243,7 @@ def _gathered(rows: Sequence[dict[str, Any]], folder: Path) -> tuple[Matrix, Mat
     """Products between the blocks' sums, (blocks, basis, blocks, basis), within trajectories, (blocks, basis, basis),
     and the numbers of trajectories, (blocks,)."""
     ordered = sorted(rows, key=lambda row: row["block"])
-    sums = torch.stack([load_file(_file(folder, row["block"]))["sums"] for row in ordered])
+    sums = torch.stack([load(_file(folder, row["block"]).read_bytes())["sums"] for row in ordered])
     flat = sums.flatten(0, 1)
     cross = (flat @ flat.T).view(*sums.shape[:2], *sums.shape[:2])
     return (
