@@ -94,8 +94,8 @@ def test_the_shell_keeps_the_length_of_every_noise_and_the_direction_of_the_push
             torch.testing.assert_close(kept.norm(dim=1), drawn.norm(dim=1), rtol=1e-14, atol=0)
             torch.testing.assert_close(cosine_similarity(kept, moved), torch.ones(3, dtype=torch.float64))
             turned = torch.acos(cosine_similarity(drawn, moved).clamp(max=1))
-            limit: Tensor = push.flatten(1).norm(dim=1) / torch.cos(turned / 2)
-            assert bool((shelled.flatten(1).norm(dim=1) <= limit + 1e-12).all())
+            longest: Tensor = shelled.flatten(1).norm(dim=1) * torch.cos(turned / 2)
+            assert bool((longest <= push.flatten(1).norm(dim=1) + 1e-12).all())
     noise = fixed.noises[0].float()
     kept = noise + on_shell(torch.cos(noise), noise, std=STD) / STD
     torch.testing.assert_close(kept.flatten(1).norm(dim=1), noise.flatten(1).norm(dim=1), rtol=1e-6, atol=0)

@@ -15,7 +15,8 @@ one, the measure is
 
 the number of plain pairs whose mean gradient shows the direction p as clearly as one pair of this kind. Only progress
 along p counts: a gradient that is large and points elsewhere is worth little. If g were the same everywhere and the
-reward linear it would be (1 + 0.886 k)^2 (`guidance`), 3.33 for extremes and 3.6 for all six. `cosine` is the angle
+reward linear it would be (1 + 0.886 k)^2 (`guidance`), 3.33 for extremes and 3.6 for all six. It is not, so the push
+has a noise of its own, and `the push alone`, without a pair, is what no k can pass. `cosine` is that of the angle
 between mu_a and p.
 
 `judge` asks how much of the progress the judge sees: with j the mean gradient of all six pairs as the judge ranks them,
@@ -87,6 +88,7 @@ def _kinds() -> list[Kind]:
         found += [
             Kind(f"{name}, k {k:g}", _mix({PLAIN: 1.0, place: k}), SigmaGuidance(k=k).gain ** 2, k) for k in PUSHES
         ]
+        found.append(Kind(f"{name}, the push alone", _mix({place: 1.0}), math.inf))
     return found
 
 
@@ -262,16 +264,17 @@ def summary(cross: Matrix, gram: Matrix, counts: Matrix) -> dict[str, Any]:
         def of(form: Callable[[Matrix, Matrix, Matrix], float], mix: Matrix = mix) -> list[float | None]:
             return _jackknife(lambda keep: form(mix, *_moments(cross, gram, counts, keep=keep)), len(counts))
 
+        unknown, alone = [None, None, None], kind.mix[PLAIN] == 0 and math.isinf(kind.predicted)
         exact = kind.name in ("plain", "all six pairs of four")
         kinds.append(
             {
                 "name": kind.name,
                 "k": kind.k,
                 "predicted": plain(kind.predicted),
-                "noise": of(_noise),
-                "progress": [1.0, 1.0, 1.0] if exact else of(_progress),
+                "noise": unknown if alone else of(_noise),
+                "progress": unknown if alone else [1.0, 1.0, 1.0] if exact else of(_progress),
                 "worth": [1.0, 1.0, 1.0] if kind.name == "plain" else of(_worth_of_all if exact else _worth),
-                "cosine": of(_cosine),
+                "cosine": [1.0, 1.0, 1.0] if exact else of(_cosine),
                 "judge": [1.0, 1.0, 1.0] if exact else of(_judge),
             }
         )
@@ -287,7 +290,7 @@ def _moments(cross: Matrix, gram: Matrix, counts: Matrix, *, keep: Matrix) -> tu
 
 
 def _variance(mix: Matrix, mean: Matrix, second: Matrix) -> float:
-    return float(mix @ (second - mean) @ mix)
+    return max(float(mix @ (second - mean) @ mix), 0.0)
 
 
 def _noise(mix: Matrix, mean: Matrix, second: Matrix) -> float:
@@ -301,7 +304,8 @@ def _progress(mix: Matrix, mean: Matrix, second: Matrix) -> float:
 
 
 def _worth(mix: Matrix, mean: Matrix, second: Matrix) -> float:
-    return (_progress(mix, mean, second) / _noise(mix, mean, second)) ** 2
+    noise = _noise(mix, mean, second)
+    return (_progress(mix, mean, second) / noise) ** 2 if noise > 0 else math.inf
 
 
 def _worth_of_all(mix: Matrix, mean: Matrix, second: Matrix) -> float:
@@ -324,7 +328,7 @@ def _jackknife(estimate: Callable[[Matrix], float], blocks: int) -> list[float |
     everything = np.ones(blocks)
     value = estimate(everything)
     without = np.array([estimate(everything - one) for one in np.eye(blocks)]) if blocks > 2 else np.array([math.nan])
-    if not (value > 0 and (without > 0).all()):
+    if not (value > 0 and (without > 0).all() and np.isfinite(without).all()):
         return [plain(value), None, None]
     logs = np.log(without)
     error = math.sqrt((blocks - 1) / blocks * float(((logs - logs.mean()) ** 2).sum()))
@@ -344,7 +348,8 @@ def table(content: dict[str, Any]) -> str:
     ]
     for kind in content["kinds"]:
         cells = (_cell(kind[key], digits) for key, digits in COLUMNS.items())
-        lines.append(f"| {kind['name']} | {kind['predicted']:.1f} | {' | '.join(cells)} |")
+        predicted = "no limit" if kind["predicted"] is None else f"{kind['predicted']:.1f}"
+        lines.append(f"| {kind['name']} | {predicted} | {' | '.join(cells)} |")
     lines += [
         "",
         "Progress: along the mean gradient of plain pairs, in units of a plain pair's. Noise: of one pair's gradient,"
@@ -372,7 +377,8 @@ def plot(content: dict[str, Any], path: Path) -> None:
     titles = {"worth": "worth, in plain pairs", "cosine": "cosine to plain pairs", "judge": "judge's share"}
     for panel, (key, title) in zip(panels, titles.items(), strict=True):
         for colour, form in zip(COLOURS, ("guided", "symmetric"), strict=False):
-            rows = [kind for kind in content["kinds"] if kind["name"].startswith(form) and kind[key][0] is not None]
+            rows = [kind for kind in content["kinds"] if kind["name"].startswith(form) and kind["k"] is not None]
+            rows = [row for row in rows if row[key][0] is not None]
             ks, values = [row["k"] for row in rows], [row[key] for row in rows]
             panel.plot(ks, [value[0] for value in values], color=colour, marker="o", markersize=3, label=form)
             if all(value[1] is not None for value in values):
