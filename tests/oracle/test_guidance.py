@@ -65,7 +65,7 @@ def test_a_push_adds_k_g_u_to_the_logit_of_four_log_densities(symmetric: bool) -
     ]
     gradient = torch.cos(fixed.latents[:3]) + (torch.cos(fixed.latents[3:]) if symmetric else 0)
     u = ((fixed.mean - fixed.reference) / STD).flatten(1)
-    along: Tensor = (gradient.flatten(1) * u).sum(dim=1) / gradient.flatten(1).norm(dim=1)
+    along = (gradient.flatten(1) * u).sum(dim=1) / length(gradient)
     plain = ((fixed.noises[0] - fixed.noises[1]).flatten(1) * u).sum(dim=1)
     torch.testing.assert_close(ratios[0] - ratios[1], plain + k * along)
     middle = (candidates[0] + candidates[1] - fixed.latents[:3] - fixed.latents[3:]) / 2
