@@ -212,6 +212,7 @@ GUIDANCES = [
     None,
     SigmaGuidance(),
     SigmaGuidance(accept_reject=True),
+    SigmaGuidance(symmetric=True, shell=True, accept_reject=True),
     TargetGuidance(delta=0.5),
     TargetGuidance(delta=0.5, jacobian="free"),
 ]

@@ -19,16 +19,16 @@ Left out: the ratio clamp of D3PO's and SPO's code (see `objectives`), and more 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tailorpo.algorithms.base import Cost, Gather, Update, alone, check_counts, common_problems
-from tailorpo.algorithms.guided import move_winner
+from tailorpo.algorithms.guided import move_pair
 from tailorpo.algorithms.pairs import Pair, StoredPairs, pair_logit
-from tailorpo.guidance import Guidance, length
+from tailorpo.guidance import Guidance, SigmaGuidance, length
 from tailorpo.noise import Noise
 from tailorpo.objectives import dpo, soft_dpo
 from tailorpo.policy import Policy
@@ -128,7 +128,20 @@ class TailorPO:
                 "algorithm.guidance (TailorPO-G) needs the gradient of the reward, and this reward is not"
                 " differentiable; use guidance: null (TailorPO) or a differentiable reward"
             )
+        if isinstance(self.guidance, SigmaGuidance) and self.guidance.corrected_beta and self.labels == "soft":
+            found.append(
+                "algorithm.guidance.corrected_beta is for hard labels: soft ones grow with the push themselves, and"
+                " their optimum lies where it did; set labels to hard or corrected_beta to false"
+            )
         return found
+
+    def at(self, update: int) -> TailorPO:
+        """The same with the guidance of an update, 0-based, and the beta that belongs to it."""
+        if not isinstance(self.guidance, SigmaGuidance):
+            return self
+        guidance = self.guidance.at(update)
+        beta = self.beta / guidance.gain if guidance.corrected_beta else self.beta
+        return replace(self, guidance=guidance, beta=beta)
 
     def trained_steps(self, steps: int, *, noise: Noise, update: int) -> tuple[int, ...]:
         """The trained steps of one update, ascending."""
@@ -236,9 +249,10 @@ class TailorPO:
         tie = present & (reward_winner == reward_loser)
 
         gaussian = branch.step.detach().gaussian
-        moved = move_winner(self.guidance, policy, branch, trajectories, first, score=score)
+        moved = move_pair(self.guidance, policy, branch, trajectories, first, second, score=score)
         noises = branch.noises.flatten(0, 1)
-        noise_winner, noise_loser = noises[first] + moved.push / gaussian.std, noises[second]
+        noise_winner = noises[first] + moved.push / gaussian.std
+        noise_loser = noises[second] + moved.push_loser / gaussian.std
         noise_difference = noise_winner - noise_loser
         gap, push = reward_winner - reward_loser, length(moved.push) / gaussian.std
         soft = torch.ones_like(gap) if self.tau is None else torch.sigmoid((gap + moved.gain) / self.tau)
