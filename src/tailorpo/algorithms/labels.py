@@ -95,8 +95,8 @@ def stage_targets(reward: Tensor, *, tau: Tensor | None, smoothing: float) -> Te
     rows = reward.unsqueeze(1).expand(-1, count - 1, -1)
     if tau is None:
         best = (rows == reward[:, :-1].unsqueeze(2)) & left
-        chosen = best / best.sum(dim=2, keepdim=True)
+        chosen = best.to(reward.dtype) / best.sum(dim=2, keepdim=True)
     else:
         chosen = torch.softmax((rows / tau.view(-1, 1, 1)).masked_fill(~left, -torch.inf), dim=2)
-    even = left / left.sum(dim=1, keepdim=True)
+    even = left.to(reward.dtype) / left.sum(dim=1, keepdim=True)
     return (2 * smoothing * even + (1 - 2 * smoothing) * chosen).nan_to_num(0.0)

@@ -156,8 +156,8 @@ class TailorPO:
         if self.safeguard and (self.objective != "dpo" or self.labels == "soft" or self.label_smoothing != 0):
             found.append(
                 "algorithm.safeguard keeps one winner's likelihood from falling, and other losses than dpo with hard"
-                " labels lower it on purpose once it has gone too far; set algorithm.objective to dpo, labels to hard and"
-                " label_smoothing to 0, or leave safeguard out"
+                " labels lower it on purpose once it has gone too far; set algorithm.objective to dpo, labels to hard"
+                " and label_smoothing to 0, or leave safeguard out"
             )
         if self.guidance is not None and not differentiable:
             found.append(
