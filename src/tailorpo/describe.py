@@ -74,6 +74,10 @@ def path_table(run: Run) -> Table:
     names = [*(f"tailorpo.{name}" for name in _LOOP), f"tailorpo.models.{run.model.family}", "tailorpo.models.latent"]
     if isinstance(run.algorithm, TailorPO | SPO):
         names.append("tailorpo.algorithms.pairs")
+    if isinstance(run.algorithm, TailorPO):
+        names.append("tailorpo.algorithms.labels")
+        if run.algorithm.objective == "plackett_luce":
+            names.append("tailorpo.algorithms.groups")
     names += [type(section).__module__ for section in sections if section is not None]
     files = sorted({Path(str(sys.modules[name].__file__)) for name in _imported(names)})
     root = Path(__file__).parent.parent

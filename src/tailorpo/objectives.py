@@ -1,13 +1,23 @@
-"""Preference losses on the logit of a pair, as pure functions: (B,) in, (B,) out, nothing reduced.
+"""Preference losses on the logit of a pair or the scores of k candidates, as pure functions: (B,) out, nothing reduced.
 
 The logit is Delta = log pi(x_w)/pi_ref(x_w) - log pi(x_l)/pi_ref(x_l) in nats of the sum over dimensions.
 
-    hard labels   -log sigmoid(beta Delta)                                                     (TailorPO Eq. 10; DPO)
-    soft labels   -p log sigmoid(beta Delta) - (1 - p) log sigmoid(-beta Delta),  p = P(the winner is better)
+    hard labels     -log sigmoid(beta Delta)                                                     (TailorPO Eq. 10; DPO)
+    soft labels     -p log sigmoid(beta Delta) - (1 - p) log sigmoid(-beta Delta),  p = P(the winner is better)
+    IPO             p (Delta - 1/(2 beta))^2 + (1 - p) (Delta + 1/(2 beta))^2     (Azar et al. 2023, arXiv 2310.12036)
+    Plackett-Luce   -sum_j sum_{i >= j} q_ji log softmax_{i >= j}(beta s)_i
 
-Hard labels have no fixed point: where rewards separate the candidates, Delta grows for ever and beta sets a speed. With
-p = sigmoid(gap / tau) the loss is smallest at beta Delta = gap / tau: the policy tilted by exp(reward / (beta tau)).
-Small gaps, whose order is mostly noise, then pull with little weight instead of full weight.
+In the last, candidates stand in the order of their rewards, s_i is the log-ratio of candidate i up to a constant that
+all share, and stage j chooses among those that are left, with targets q_j. One-hot targets give the negative log of the
+Plackett-Luce probability of the order (Diffusion-LPO, arXiv 2510.01540, for pairs of k = 2 Eq. 10); q_ji ~ exp(r_i /
+tau) is the cross-entropy to the same model with the rewards for scores.
+
+Hard labels have no fixed point: where rewards separate the candidates, Delta grows for ever and beta sets a speed. In
+the locally linear model, with u = (mean - mean_ref) / sigma and s the time of the expected gradient flow of u, |u|
+tends to (1.39 s / beta)^(1/3). With p = sigmoid(gap / tau) the loss is smallest at beta Delta = gap / tau: the policy
+tilted by exp(reward / (beta tau)), for any k. IPO with hard labels of pairs comes to rest at |u| = 1 / (2 beta
+sqrt(pi)), whatever the unit of the reward: KL = 1 / (8 pi beta^2) a step. Under soft labels small gaps, whose order is
+mostly noise, pull with little weight instead of full weight.
 
 The clamp of the ratios of D3PO's and SPO's code makes the gradient zero outside, in both directions; PPO's clipped
 surrogate (Schulman et al. 2017, arXiv 1707.06347) only takes away the reason to move further out.
@@ -19,7 +29,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import log_softmax, logsigmoid
 
 
 def dpo(logit: Tensor, *, beta: float) -> Tensor:
@@ -30,6 +40,27 @@ def dpo(logit: Tensor, *, beta: float) -> Tensor:
 def soft_dpo(logit: Tensor, *, beta: float, probability: Tensor) -> Tensor:
     """The same where the winner is better with the given probability, (B,); equals `dpo` at probability 1."""
     return -probability * logsigmoid(beta * logit) - (1 - probability) * logsigmoid(-beta * logit)
+
+
+def ipo(logit: Tensor, *, beta: float, probability: Tensor) -> Tensor:
+    """Identity preference optimisation: the squared distance of the logit to +-1/(2 beta), where the winner is better
+    with the given probability, (B,)."""
+    margin = 1 / (2 * beta)
+    return probability * (logit - margin) ** 2 + (1 - probability) * (logit + margin) ** 2
+
+
+def plackett_luce(scores: Tensor, *, beta: float, targets: Tensor) -> Tensor:
+    """The listwise loss of k candidates.
+
+    Args:
+        scores: (B, k) in nats, in the order of the rewards, best first; a constant added to a row changes nothing.
+        beta: as of a pair: for k = 2 this is `dpo` or `soft_dpo` of the difference.
+        targets: (B, k - 1, k), what stage j = 0..k-2 should choose among candidates j..k-1; sums to 1 over them.
+    """
+    left = torch.ones_like(targets, dtype=torch.bool).triu()
+    stages = (beta * scores).unsqueeze(1).expand_as(targets).masked_fill(~left, -torch.inf)
+    shares = log_softmax(stages, dim=2).masked_fill(~left, 0.0)
+    return -(targets * shares).sum(dim=(1, 2))
 
 
 def clamp_log_ratio(log_ratio: Tensor, *, clip: float) -> Tensor:

@@ -22,6 +22,7 @@ from tailorpo.errors import UserError
 from tailorpo.models import Conditioning
 from tailorpo.noise import Key, Noise
 from tailorpo.policy import Policy, PolicyStep
+from tailorpo.rewards.ensemble import GapScales
 from tailorpo.step_rewards import GradientPath, Score, Scored, score_latents
 
 
@@ -37,6 +38,7 @@ class Trajectories:
         finished: whether `latents` are those of pictures: a rollout may end with its last trained step.
         reward: of the finished pictures, (B,), where a method has scored them; NaN where it finished none.
         members: the same of each member of an ensemble, by name.
+        gaps: the running gaps between siblings at each step, for a method whose labels depend on them.
     """
 
     prompts: Sequence[str]
@@ -46,6 +48,7 @@ class Trajectories:
     finished: bool = False
     reward: Tensor | None = None
     members: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    gaps: GapScales | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)

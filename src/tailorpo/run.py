@@ -25,6 +25,7 @@ from tailorpo.algorithms.base import Algorithm
 from tailorpo.algorithms.d3po import D3PO
 from tailorpo.algorithms.ddpo import DDPO
 from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
+from tailorpo.algorithms.misranks import misrank_problems
 from tailorpo.algorithms.reward_backprop import RewardBackprop
 from tailorpo.algorithms.spo import SPO
 from tailorpo.algorithms.tailorpo import TailorPO
@@ -241,7 +242,7 @@ def _make_absolute(data: Any) -> None:
         mapping = cast(dict[str, Any], data)
         for key, value in mapping.items():
             if (
-                key in ("path", "file", "pairs", "vae_path", "tiny_vae")
+                key in ("path", "file", "pairs", "vae_path", "tiny_vae", "misranks")
                 and isinstance(value, str)
                 and Path(value).expanduser().exists()
             ):
@@ -345,13 +346,12 @@ def _ensemble_problems(ensemble: Ensemble, rewards: Sequence[RewardEntry], algor
                 "algorithm.guidance.target is a reward to reach, and under an ensemble a picture alone has none;"
                 " use delta, or form sigma"
             )
-    elif isinstance(algorithm, SPO):
-        if ensemble.rule == "pareto" and algorithm.candidates > 2:
-            problems.append(
-                "ensemble.rule is pareto, but the best and the worst of several candidates need not dominate one"
-                " another; use algorithm.candidates 2 or another rule"
-            )
-    elif not isinstance(algorithm, D3PO):
+    if isinstance(algorithm, SPO | TailorPO) and ensemble.rule == "pareto" and algorithm.candidates > 2:
+        problems.append(
+            "ensemble.rule is pareto, but the best and the worst of several candidates need not dominate one another;"
+            " use algorithm.candidates 2 or another rule"
+        )
+    if not isinstance(algorithm, TailorPO | SPO | D3PO):
         problems.append(
             f"ensemble compares siblings, and {algorithm.name} has none to compare: leave ensemble out (rewards are"
             " then added up by weight), or use tailorpo, spo or d3po"
@@ -373,6 +373,8 @@ def _missing(value: Any, name: str) -> list[str]:
         return []
     if isinstance(value, DiffusionDPO):
         return [f"{name}.pairs: {value.pairs}: {each}" for each in pair_problems(Path(value.pairs).expanduser())]
+    if isinstance(value, TailorPO):
+        return [f"{name}.misranks: {each}" for each in misrank_problems(value.misranks)]
     if isinstance(value, ModelConfig):
         return [f"{name}.{problem}" for problem in value.missing()]
     if isinstance(value, RewardEntry):

@@ -23,6 +23,7 @@ from torch import Tensor
 from tailorpo._distributed import ALONE, Processes, pick_device
 from tailorpo.algorithms.base import Algorithm, Stored
 from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
+from tailorpo.algorithms.labels import GAP_DECAY
 from tailorpo.algorithms.tailorpo import TailorPO
 from tailorpo.checkpoint import load_latest_checkpoint, save_checkpoint
 from tailorpo.errors import ProcessError, UserError
@@ -34,6 +35,7 @@ from tailorpo.pair_gallery import PairGallery, gallery_updates
 from tailorpo.policy import Policy
 from tailorpo.prompts import load_prompts, prompt_order
 from tailorpo.rewards import EnsembleScorer, Scorer, load_scorer
+from tailorpo.rewards.ensemble import GapScales
 from tailorpo.rollout import Trajectories, start_trajectories
 from tailorpo.run import Run
 from tailorpo.rundir import RunDirectory
@@ -142,6 +144,8 @@ class Session:
         self._firsts = processes.share(range(0, run.batch.trajectories, run.batch.micro))
         self._galleries = gallery_updates(run.updates)
         self.scales = score.scales if isinstance(score, EnsembleScorer) else None
+        labels_by_gaps = isinstance(run.algorithm, TailorPO) and run.algorithm.tau == "auto"
+        self.gaps = GapScales(GAP_DECAY, self.memory) if labels_by_gaps else None
 
     def update(self, update: int) -> dict[str, Any]:
         """Collect the samples of one batch of trajectories, train on them, and return what there is to log."""
@@ -191,15 +195,18 @@ class Session:
     def trajectories(self, update: int) -> Iterator[tuple[int, Trajectories]]:
         """This process's trajectories of an update in batches of `batch.micro`, each with its first trajectory's place
         in the update."""
-        if self.scales is not None:
-            # What the updates before have gathered; they stand still within this one.
-            self.scales.settle(self.processes.gather)
+        for known in (self.scales, self.gaps):
+            if known is not None:
+                # What the updates before have gathered; they stand still within this one.
+                known.settle(self.processes.gather)
         total, micro = self.run.batch.trajectories, self.run.batch.micro
         for first in self._firsts:
             numbers = [update * total + place for place in range(first, min(first + micro, total))]
             prompts = [prompt_order(self.prompts, self.noise, number) for number in numbers]
             keys = [("train", number) for number in numbers]
-            yield first, start_trajectories(self.policy, prompts, noise=self.noise, keys=keys)
+            trajectories = start_trajectories(self.policy, prompts, noise=self.noise, keys=keys)
+            trajectories.gaps = self.gaps
+            yield first, trajectories
 
     @torch.no_grad()
     def final_reward(self, trajectories: Trajectories) -> dict[str, Tensor]:
@@ -247,6 +254,8 @@ class Session:
                 f"the processes hold different parameters after update {update}, so nothing was saved of it; do they"
                 " run on unequal devices or versions? Go on from the last checkpoint with `tailorpo resume`"
             )
+        if self.gaps is not None:
+            self.gaps.settle(self.processes.gather)
         state: dict[str, Any] = {
             "steps": self.learner.steps,
             "evaluations": self.processes.total(self.policy.evaluations),
@@ -274,7 +283,7 @@ class Session:
         if checkpoint is None:
             return 0
         self.learner.load_tensors(checkpoint.tensors, steps=int(checkpoint.state["steps"]))
-        self.memory = dict(checkpoint.state["memory"])
+        self.memory.update(checkpoint.state["memory"])
         if self.scales is not None:
             self.scales.running = dict(checkpoint.state["gap_scales"])
         if self.processes.main:  # what was counted so far goes on one account; sums over the processes stay right

@@ -125,8 +125,13 @@ def pair_logit(policy: Policy, pair: Pair | StoredPairs) -> Tensor:
         gaussian = policy.step(pair.latents, pair.k, pair.cond).gaussian
         origin = policy.origin(pair.latents, pair.k)
         return gaussian.projection(pair.noise_difference, origin) - pair.reference_projection
-    step = pair.step or policy.step(pair.latents, pair.k, pair.cond)
-    return step.gaussian.pair_logit(pair.noise_difference, pair.reference)
+    return pair_step(policy, pair).pair_logit(pair.noise_difference, pair.reference)
+
+
+def pair_step(policy: Policy, pair: Pair | StoredPairs | StoredCandidates) -> GaussianStep:
+    """The policy's step from x_k: with the graph that the rollout left, or from a new evaluation."""
+    known = pair.step if isinstance(pair, Pair) else None
+    return (known or policy.step(pair.latents, pair.k, pair.cond)).gaussian
 
 
 @dataclass
@@ -175,9 +180,6 @@ class StoredCandidates:
         )
 
 
-def candidate_log_ratios(policy: Policy, pair: CandidatePair | StoredCandidates) -> tuple[Tensor, Tensor]:
-    """Log-ratios of winner and loser in nats, (B,) each, from one evaluation of x_k: that of the rollout, or a new
-    one."""
-    known = None if isinstance(pair, StoredCandidates) else pair.step
-    gaussian = (known or policy.step(pair.latents, pair.k, pair.cond)).gaussian
+def candidate_log_ratios(pair: CandidatePair | StoredCandidates, gaussian: GaussianStep) -> tuple[Tensor, Tensor]:
+    """Log-ratios of winner and loser in nats, (B,) each, under the policy's step from x_k (`pair_step`)."""
     return gaussian.log_ratio(pair.winner, pair.reference), gaussian.log_ratio(pair.loser, pair.reference)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from tailorpo.algorithms.base import Cost, Gather, Update, alone, check_counts, common_problems
 from tailorpo.algorithms.d3po import Reduction
-from tailorpo.algorithms.pairs import CandidatePair, StoredCandidates, candidate_log_ratios
+from tailorpo.algorithms.pairs import CandidatePair, StoredCandidates, candidate_log_ratios, pair_step
 from tailorpo.noise import Noise
 from tailorpo.objectives import clamp_log_ratio, dpo
 from tailorpo.policy import Policy
@@ -170,7 +170,9 @@ class SPO:
     def loss(self, policy: Policy, pair: CandidatePair | StoredCandidates) -> Tensor:
         """The loss of each pair, (B,); zero where it was dropped."""
         dimensions = math.prod(pair.latents.shape[1:])
-        winner, loser = (self._clamp(self._reduce(x, dimensions)) for x in candidate_log_ratios(policy, pair))
+        winner, loser = (
+            self._clamp(self._reduce(x, dimensions)) for x in candidate_log_ratios(pair, pair_step(policy, pair))
+        )
         loss = dpo(winner - loser, beta=self.beta)
         return torch.where(pair.valid, loss, torch.zeros_like(loss))
 

@@ -157,9 +157,9 @@ class GapScales:
     sum of squares is exact and has no order.
     """
 
-    def __init__(self, decay: float) -> None:
+    def __init__(self, decay: float, running: dict[str, list[float]] | None = None) -> None:
         self.decay = decay
-        self.running: dict[str, list[float]] = {}
+        self.running: dict[str, list[float]] = {} if running is None else running
         """By "step member": running mean of squared gaps and running weight, both started at zero; what is saved."""
         self._gathered: Squares = {}
 
