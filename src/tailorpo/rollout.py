@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tailorpo.errors import UserError
+from tailorpo.futures import Draw, StepReward
 from tailorpo.models import Conditioning
 from tailorpo.noise import Key, Noise
 from tailorpo.policy import Policy, PolicyStep
@@ -170,6 +171,7 @@ def rollout_branches(
     decide: Callable[[Branch], D],
     graph: bool,
     gradient: GradientPath = "none",
+    step_reward: StepReward = "predicted",
     on_step: Callable[[int], None] | None = None,
 ) -> Iterator[D]:
     """Sample to the end, branching at the trained steps, and yield the decision at each.
@@ -185,6 +187,7 @@ def rollout_branches(
         graph: keep the graph of the step from x_k, so that a loss can use it; the graph lives until the consumer of
             the yielded decision lets go of it, so memory does not grow with the number of steps.
         gradient: whether the scores come with their gradient.
+        step_reward: what the candidates are scored by.
         on_step: called with the number of steps done.
 
     Raises:
@@ -217,6 +220,8 @@ def rollout_branches(
                 score=score,
                 gradient=gradient,
                 siblings=candidates,
+                step_reward=step_reward,
+                draw=_futures(noise, trajectories, k, like=x),
             )
             decision = decide(Branch(k, x, step, noises, scored))
             trajectories.latents, step = decision.next_latents, decision.next_step
@@ -227,6 +232,11 @@ def rollout_branches(
             step = None
         if on_step:
             on_step(k + 1)
+
+
+def _futures(noise: Noise, trajectories: Trajectories, k: int, *, like: Tensor) -> Draw:
+    """The noises of continuations of step k's candidates, which all candidates of a trajectory share."""
+    return lambda number, step: step_noise(noise, trajectories, k, "future", number, step, like=like)
 
 
 def step_noise(noise: Noise, trajectories: Trajectories, k: int, *suffix: Key, like: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ beta is in nats of the sum over dimensions. The paper leaves open: beta, which s
 updated, and whether the walk goes on from the guided winner. Here: every choice is a field, the update comes after all
 trajectories of a batch, and the walk goes on from the guided winner, whose evaluation the next step needs anyway.
 
+`step_reward` replaces Eq. 12 by an estimate that looks further ahead (`futures`); `train_steps: {auto: K}` chooses the
+steps by a measurement (`step_choice`).
+
 Left out: the ratio clamp of D3PO's and SPO's code (see `objectives`), and more than two candidates.
 """
 
@@ -28,12 +31,14 @@ from torch import Tensor
 from tailorpo.algorithms.base import Cost, Gather, Update, alone, check_counts, common_problems
 from tailorpo.algorithms.guided import move_winner
 from tailorpo.algorithms.pairs import Pair, StoredPairs, pair_logit
+from tailorpo.futures import StepReward
 from tailorpo.guidance import Guidance, length
 from tailorpo.noise import Noise
 from tailorpo.objectives import dpo, soft_dpo
 from tailorpo.policy import Policy
 from tailorpo.rollout import Branch, Trajectories, rollout_branches
 from tailorpo.samplers import DDIM
+from tailorpo.step_choice import AutoSteps
 from tailorpo.step_rewards import Score
 
 
@@ -52,13 +57,16 @@ class TailorPO:
 
     Attributes:
         beta: strength of the tie to the reference, in nats of the sum over dimensions.
-        train_steps: which of the sampler's steps are trained: a count, spread evenly; a list of 0-based steps; or
-            {first, last, count}.
+        train_steps: which of the sampler's steps are trained: a count, spread evenly; a list of 0-based steps;
+            {first, last, count}; or {auto: count, measured: file of `tailorpo jensen`}, the steps that teach most.
         offset: where in its stratum each of `count` steps lies: "centred", or "random", drawn anew for every update.
         step_weights: "normalised" divides beta by |d mean / d output| / sigma of the step, so that one change of the
             network counts the same at every step; "uniform" is the loss as written.
         labels: "hard" as in the paper, or "soft": the winner is better with probability sigmoid(gap / tau).
         tau: label temperature in units of the reward, the same for all steps; needed for soft labels.
+        step_reward: what the candidates are ranked by: "predicted", Eq. 12; {lookahead: n}, the picture predicted after
+            n deterministic steps ahead; {continuations: n, cut: m}, the mean of n chains under shared noise, to the end
+            or cut after m steps.
         continue_from: which candidate the trajectory goes on from.
         guidance: moves the winner before training (TailorPO-G); null for none.
         update: "inline": the sampling forward's graph serves the loss, one optimizer step per update; "buffered":
@@ -70,11 +78,12 @@ class TailorPO:
 
     name: Literal["tailorpo"] = "tailorpo"
     beta: float = 0.1
-    train_steps: int | tuple[int, ...] | Steps = 5
+    train_steps: int | tuple[int, ...] | Steps | AutoSteps = 5
     offset: Literal["centred", "random"] = "centred"
     step_weights: Literal["uniform", "normalised"] = "uniform"
     labels: Literal["hard", "soft"] = "hard"
     tau: float | None = None
+    step_reward: StepReward = "predicted"
     continue_from: Literal["winner", "random", "loser"] = "winner"
     guidance: Guidance | None = None
     update: Update = "inline"
@@ -103,6 +112,8 @@ class TailorPO:
         if isinstance(wanted, int):
             if not 1 <= wanted <= steps:
                 found.append(f"algorithm.train_steps must be in 1..{steps} (sampler.steps), got {wanted}")
+        elif isinstance(wanted, AutoSteps):
+            found += wanted.problems(steps)
         elif isinstance(wanted, Steps):
             if not (0 <= wanted.first <= wanted.last < steps and 1 <= wanted.count <= wanted.last - wanted.first + 1):
                 found.append(
@@ -125,6 +136,11 @@ class TailorPO:
                 "algorithm.guidance (TailorPO-G) needs the gradient of the reward, and this reward is not"
                 " differentiable; use guidance: null (TailorPO) or a differentiable reward"
             )
+        if self.guidance is not None and self.step_reward != "predicted":
+            found.append(
+                "algorithm.guidance follows the gradient of the predicted picture's reward, and algorithm.step_reward"
+                " ranks by another number; use step_reward: predicted, or guidance: null"
+            )
         return found
 
     def trained_steps(self, steps: int, *, noise: Noise, update: int) -> tuple[int, ...]:
@@ -138,13 +154,15 @@ class TailorPO:
         if isinstance(wanted, Steps):
             span, gaps = wanted.last - wanted.first, max(wanted.count - 1, 1)
             return tuple(wanted.first + round(i * span / gaps) for i in range(wanted.count))
+        if isinstance(wanted, AutoSteps):
+            return wanted.choose(power=1 if self.step_weights == "normalised" else 2)
         return tuple(sorted(wanted))
 
     def cost(self, steps: int, trained: Sequence[int]) -> Cost:
         """What one trajectory costs with the given trained steps, in the first epoch."""
         guidance, inline = self.guidance, self.update == "inline"
         rescored = guidance is not None and guidance.accept_reject
-        forwards, input_gradients, known = 0, 0, False
+        forwards, input_gradients, pictures, finished, known = 0, 0, 0, 1, False
         for k in range(steps):
             branching = k in trained
             # The walk's own evaluation; a graph for the loss needs a new one even where a score left one without.
@@ -152,7 +170,15 @@ class TailorPO:
             known = False
             if branching:
                 forwards += 1  # reference
-                if k + 1 < steps:  # finished latents are scored without the network
+                ahead = None if self.step_reward == "predicted" else self.step_reward
+                left = steps - k - 1
+                if ahead is None or not left:
+                    pictures += 2 + rescored
+                else:
+                    forwards += 2 * ahead.evaluations(left)
+                    pictures += 2 * ahead.ends
+                    finished += 2 * ahead.finished(left)
+                if left:  # finished latents are scored without the network
                     forwards += 2 + rescored
                     known = guidance is None or rescored or self.continue_from != "winner"
                     input_gradients += guidance is not None and guidance.jacobian == "full"
@@ -161,7 +187,8 @@ class TailorPO:
             forwards=forwards + (0 if inline else epochs * len(trained)),
             backwards=epochs * len(trained),
             input_gradients=input_gradients,
-            reward_queries=len(trained) * (2 + rescored) + 1,
+            reward_queries=pictures + 1,
+            finished=finished,
             references=len(trained),
             picture_gradients=0 if guidance is None else 2 * len(trained),
             scored_rows=2,
@@ -196,6 +223,7 @@ class TailorPO:
             decide=decide,
             graph=self.update == "inline",
             gradient="none" if self.guidance is None else self.guidance.jacobian,
+            step_reward=self.step_reward,
             on_step=on_step,
         )
 
