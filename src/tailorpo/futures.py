@@ -17,8 +17,8 @@ The first evaluation, at x_k itself, is the one that the next denoising step nee
 After the last step (k = K) both are the reward of the finished picture. The noises have streams of their own, so that
 the walk draws what it would have drawn without.
 
-Lookahead is one end of a coupling and no mean, so it is not unbiased for Q under a sampler with noise; it takes away the
-blur of early predictions, for which a reward may not have been made. Continuations are unbiased where they are not cut.
+Lookahead is one end of a coupling and no mean, so it is biased for Q under a sampler with noise; it takes away the blur
+of early predictions, for which a reward may not have been made. Continuations are unbiased where they are not cut.
 
 Left out: gradients of either (guidance follows the predicted picture's reward, and mixing the two would rank by one
 number and push along another), the control variate r(x0hat) + mean[r(end) - r(x0hat along the chain)], and ensembles

@@ -15,9 +15,9 @@ With w = |d mean / d output| / sigma, a pair moves the network's output at its s
 sigmas, a = 1 or 2. Summed over the trained steps S, per pair and to first order,
 
     gain  =  h (2 / sqrt(pi)) sum_S w^a sqrt(V) cos(pi p)
-    KL    =  h^2 / 2 sum_S w^2a |z_w - z_l|^2,   with |z_w - z_l|^2 = 2 D: nearly all of it noise, the same at all steps
+    KL    =  h^2 / 2 sum_S w^2a |z_w - z_l|^2,   |z_w - z_l|^2 = 2 D: nearly all of it noise, the same at all steps
 
-How far the policy moves is the learning rate's and beta's business, so steps are compared at equal KL, where h drops out:
+How far the policy moves is up to the learning rate and beta, so steps are compared at equal KL, where h drops out:
 
     choose S of K steps with the largest   sum_S w^a sqrt(V) cos(pi p)  /  sqrt(sum_S w^2a)
 
@@ -30,11 +30,11 @@ which a pair of steps changes places the best K stay the same, so trying one lam
 
 Left out:
 - measuring on the way. Sibling gaps are free where steps are trained, but they are gaps of the step reward: on the
-  miniature 0.9 to 1.7 times the true ones, and largest where they mislead most. Nothing that training sees anyway says how
-  often it misranks, and steps that are not trained show nothing at all, so the choice would confirm itself.
-- sampling steps in proportion to sqrt(V) (Neyman). It is the least noisy estimate of a SUM over all steps with weights 1 / probability;
-  here each trained step has the same weight, and a hard label is as noisy at every step.
-- that a trained step right after another costs one evaluation more under an inline update, and that neighbours teach one
+  miniature 0.9 to 1.7 times the true ones. Nothing that training sees anyway says how often it misranks, and steps that
+  are not trained show nothing at all, so the choice would confirm itself.
+- sampling steps in proportion to sqrt(V) (Neyman). That is the least noisy estimate of a SUM over all steps in which
+  each drawn step counts 1 / probability; here trained steps count the same, and a hard label is as noisy at every step.
+- that a trained step right after another costs one evaluation more under an inline update, and that steps teach one
   another through the parameters they share.
 """
 
@@ -62,9 +62,9 @@ class AutoSteps:
 
     Attributes:
         auto: how many.
-        measured: the file that `tailorpo jensen` wrote for this model, sampler and reward, or the name of a bundled one,
-            of `BUNDLED`. Its `steps` are objects with k, v and misrank, and possibly noise_weight; without the latter
-            every step's KL is priced alike. Steps that it does not have are not chosen.
+        measured: the file that `tailorpo jensen` wrote for this model, sampler and reward, or one of `BUNDLED`. Its
+            `steps` are objects with k, v and misrank, and possibly noise_weight; without the latter every step's KL is
+            priced alike. Steps that it does not have are not chosen.
     """
 
     auto: int
@@ -136,7 +136,9 @@ class StepSignal:
     @property
     def gain(self) -> float:
         """sqrt(V) cos(pi p), not below zero: true reward per sigma along the direction that pairs teach."""
-        return math.sqrt(max(self.v, 0.0)) * max(math.cos(math.pi * self.misrank), 0.0)
+        if self.v <= 0 or self.misrank >= 0.5:
+            return 0.0
+        return math.sqrt(self.v) * math.cos(math.pi * self.misrank)
 
 
 def best_subset(gains: Sequence[float], prices: Sequence[float], *, count: int) -> tuple[int, ...]:
@@ -191,8 +193,8 @@ def _read(path: Path, _changed: int) -> tuple[StepSignal, ...]:
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
-            f"{path} is no measurement of `tailorpo jensen`: expected JSON with `steps`, a list of objects with k, v and"
-            f" misrank ({type(error).__name__}: {error})"
+            f"{path} is no measurement of `tailorpo jensen`: expected JSON with `steps`, a list of objects with k, v"
+            f" and misrank ({type(error).__name__}: {error})"
         ) from error
     if not found or len({each.k for each in found}) < len(found):
         raise UserError(f"{path} has {'a step twice' if found else 'no step with v and misrank'}; measure again")
