@@ -34,11 +34,11 @@ def test_the_best_steps_are_those_of_a_search_through_all_subsets() -> None:
     greedy_fails = 0
     for trial in range(120):
         size = 3 + trial % 6
-        gains = torch.rand(size, generator=generator).pow(2).tolist()
-        prices = torch.randn(size, generator=generator).exp().pow(2).tolist()
+        gains: list[float] = torch.rand(size, generator=generator).pow(2).tolist()
+        prices: list[float] = torch.randn(size, generator=generator).exp().pow(2).tolist()
         for count in range(1, size + 1):
 
-            def worth(chosen: tuple[int, ...], gains: Any = gains, prices: Any = prices) -> float:
+            def worth(chosen: tuple[int, ...], gains: list[float] = gains, prices: list[float] = prices) -> float:
                 return sum(gains[i] for i in chosen) / math.sqrt(sum(prices[i] for i in chosen))
 
             best = max(map(worth, combinations(range(size), count)))
