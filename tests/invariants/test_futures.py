@@ -41,6 +41,11 @@ def collect(policy: Policy, algorithm: TailorPO, score: Any = contrast) -> list[
     return list(algorithm.collect(policy, start, trained=trained, score=score, noise=Noise(0)))
 
 
+def material(policy: Policy, pair: Pair) -> Any:
+    """What the loss is made of: the pair with its graph, or what a buffer keeps of it."""
+    return pair if pair.step else pair.stored(policy)
+
+
 def mixture(steps: int) -> Policy:
     model = GaussianMixture(WEIGHTS, MEANS, covariances=VARIANCES.view(2, 1, 1))
     return Policy(model, DDIM(steps=steps, guidance_scale=1.0))
@@ -182,7 +187,7 @@ def test_network_evaluations_are_those_that_are_announced(tiny_policy: MakePolic
 
         handle = unet.register_forward_hook(count)
         for pair in collect(policy, algorithm, score=score):
-            algorithm.loss(policy, pair if pair.step else pair.stored(policy))
+            algorithm.loss(policy, material(policy, pair))
         handle.remove()
         cost = algorithm.cost(steps, trained)
         assert items == 2 * 2 * cost.forwards  # two trajectories, guided
@@ -212,7 +217,7 @@ def test_inline_and_buffered_give_the_same_gradient(tiny_policy: MakePolicy, ahe
             parameter.grad = None
         algorithm = TailorPO(update=update, train_steps=(1, 2, 4), step_reward=ahead)
         for pair in collect(policy, algorithm):
-            algorithm.loss(policy, pair if pair.step else pair.stored(policy)).sum().backward()
+            algorithm.loss(policy, material(policy, pair)).sum().backward()
         found.append({name: p.grad.clone() for name, p in policy.model.trainable().items() if p.grad is not None})
     assert any(float(value.abs().max()) > 0 for value in found[0].values())
     for name, value in found[0].items():

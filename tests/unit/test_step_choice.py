@@ -34,8 +34,8 @@ def test_the_best_steps_are_those_of_a_search_through_all_subsets() -> None:
     greedy_fails = 0
     for trial in range(120):
         size = 3 + trial % 6
-        gains: list[float] = torch.rand(size, generator=generator).pow(2).tolist()
-        prices: list[float] = torch.randn(size, generator=generator).exp().pow(2).tolist()
+        gains = [float(v) for v in torch.rand(size, generator=generator).pow(2)]
+        prices = [float(v) for v in torch.randn(size, generator=generator).exp().pow(2)]
         for count in range(1, size + 1):
 
             def worth(chosen: tuple[int, ...], gains: list[float] = gains, prices: list[float] = prices) -> float:
