@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         TailorpoError,
         UserError,
     )
+    from tailorpo.futures import Continuations, Lookahead
     from tailorpo.guidance import SigmaGuidance, TargetGuidance
     from tailorpo.models import LoRA, ModelConfig
     from tailorpo.noise import Noise
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from tailorpo.run import Batch, Eval, Optimizer, Run
     from tailorpo.rundir import RunDirectory
     from tailorpo.samplers import DDIM
+    from tailorpo.step_choice import AutoSteps
 
 __version__ = "0.1.0"
 
@@ -51,13 +53,16 @@ __all__ = [
     "DDIM",
     "DDPO",
     "SPO",
+    "AutoSteps",
     "Batch",
     "CheckpointError",
+    "Continuations",
     "CustomReward",
     "DiffusionDPO",
     "DivergedError",
     "Eval",
     "LoRA",
+    "Lookahead",
     "ModelConfig",
     "Noise",
     "Optimizer",
@@ -96,6 +101,7 @@ _MODULES = {
         "TailorpoError",
         "UserError",
     ),
+    "futures": ("Continuations", "Lookahead"),
     "guidance": ("SigmaGuidance", "TargetGuidance"),
     "models": ("LoRA", "ModelConfig"),
     "noise": ("Noise",),
@@ -106,6 +112,7 @@ _MODULES = {
     "run": ("Batch", "Eval", "Optimizer", "Run"),
     "rundir": ("RunDirectory",),
     "samplers": ("DDIM",),
+    "step_choice": ("AutoSteps",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tailorpo.errors import UserError
+from tailorpo.futures import Draw, StepReward
 from tailorpo.models import Conditioning
 from tailorpo.noise import Key, Noise
 from tailorpo.policy import Policy, PolicyStep
@@ -177,6 +178,7 @@ def rollout_branches(
     graph: bool,
     gradient: GradientPath = "none",
     finish: bool = True,
+    step_reward: StepReward = "predicted",
     on_step: Callable[[int], None] | None = None,
 ) -> Iterator[D]:
     """Sample to the end, branching at the trained steps, and yield the decision at each.
@@ -193,6 +195,7 @@ def rollout_branches(
             the yielded decision lets go of it, so memory does not grow with the number of steps.
         gradient: whether the scores come with their gradient.
         finish: walk on to the picture after the last trained step.
+        step_reward: what the candidates are scored by.
         on_step: called with the number of steps done.
 
     Raises:
@@ -225,6 +228,8 @@ def rollout_branches(
                 score=score,
                 gradient=gradient,
                 siblings=candidates,
+                step_reward=step_reward,
+                draw=_futures(noise, trajectories, k, like=x),
             )
             decision = decide(Branch(k, x, step, noises, scored))
             trajectories.latents, step = decision.next_latents, decision.next_step
@@ -236,6 +241,11 @@ def rollout_branches(
             trajectories.finished, step = k + 1 == policy.schedule.steps, None
         if on_step:
             on_step(k + 1)
+
+
+def _futures(noise: Noise, trajectories: Trajectories, k: int, *, like: Tensor) -> Draw:
+    """The noises of continuations of step k's candidates, which all candidates of a trajectory share."""
+    return lambda number, step: step_noise(noise, trajectories, k, "future", number, step, like=like)
 
 
 def step_noise(noise: Noise, trajectories: Trajectories, k: int, *suffix: Key, like: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ from tailorpo.prompts import PromptsConfig, load_prompts
 from tailorpo.rewards import EmojiStepPreference, Ensemble, NeedsFiles, RewardConfig, RewardEntry
 from tailorpo.samplers import DDIM
 from tailorpo.settings import Binder, check_fields, did_you_mean, plain
+from tailorpo.step_choice import AutoSteps
 from tailorpo.yaml_tree import Tree, override, read_yaml
 
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
@@ -242,7 +243,7 @@ def _make_absolute(data: Any) -> None:
         mapping = cast(dict[str, Any], data)
         for key, value in mapping.items():
             if (
-                key in ("path", "file", "pairs", "vae_path", "tiny_vae", "misranks")
+                key in ("path", "file", "pairs", "measured", "misranks", "vae_path", "tiny_vae")
                 and isinstance(value, str)
                 and Path(value).expanduser().exists()
             ):
@@ -346,6 +347,11 @@ def _ensemble_problems(ensemble: Ensemble, rewards: Sequence[RewardEntry], algor
                 "algorithm.guidance.target is a reward to reach, and under an ensemble a picture alone has none;"
                 " use delta, or form sigma"
             )
+        if algorithm.step_reward != "predicted":
+            problems.append(
+                "ensemble normalises each step's gaps by those of predicted pictures at that step, which"
+                " algorithm.step_reward replaces; use step_reward: predicted, or leave ensemble out"
+            )
     if isinstance(algorithm, SPO | TailorPO) and ensemble.rule == "pareto" and algorithm.candidates > 2:
         problems.append(
             "ensemble.rule is pareto, but the best and the worst of several candidates need not dominate one another;"
@@ -379,6 +385,8 @@ def _missing(value: Any, name: str) -> list[str]:
         return [f"{name}.{problem}" for problem in value.missing()]
     if isinstance(value, RewardEntry):
         return _missing(value.reward, name)
+    if isinstance(value, AutoSteps):
+        return [f"{name}.measured: {each}" for each in value.missing()]
     if isinstance(value, NeedsFiles):
         return [f"{name}: {value.name}: {each}" for each in value.missing()]
     if isinstance(value, tuple):

@@ -2,7 +2,7 @@
 
 A leaf is checked by pydantic against its field's annotation, strictly (the text "5" is no number). A class's own
 ValueError becomes one line of the report. An unknown key comes with the nearest known one. Unions of dataclasses are
-told apart by a field in which each has its own literal (`name`, `form`).
+told apart by a field in which each has its own literal (`name`, `form`), or by their keys.
 
 Left out: pydantic's own models. Its dataclass support would do the walk, but not say on which line, not suggest, and
 not tell apart the members of a union in the way a person reads them.
@@ -100,11 +100,14 @@ class Binder:
         return self._problem(key, f"got {show(value)}, expected a mapping with the keys {_listed(_keys(kinds))}")
 
     def _choose(self, kinds: Sequence[type], data: dict[str, Any], key: Key) -> type | None:
-        """The member of a union that a mapping means, by the field in which each has its own literal name."""
+        """The member of a union that a mapping means, by the field in which each has its own literal name; where they
+        have none, the one that has most of its keys."""
         if len(kinds) == 1:
             return kinds[0]
         hints = [get_type_hints(kind) for kind in kinds]
-        tag = next(name for name in hints[0] if any(get_origin(hint.get(name)) is Literal for hint in hints))
+        tag = next((name for name in hints[0] if any(get_origin(hint.get(name)) is Literal for hint in hints)), None)
+        if tag is None:
+            return max(kinds, key=lambda kind: sum(item.name in data for item in fields(kind)))
         names = {name: kind for kind, hint in zip(kinds, hints, strict=True) for name in get_args(hint.get(tag))}
         open_ended = next((kind for kind, hint in zip(kinds, hints, strict=True) if hint.get(tag) is str), None)
         where = (*key, tag)

@@ -9,19 +9,20 @@ A score with a method `at` is told the network's time at which x0hat was predict
 on predictions (SPO's step-aware preference model) can make use of it. Finished pictures are scored without. An ensemble
 of rewards is also told which latents are siblings, because it values pictures by comparison (`rewards/ensemble.py`).
 
-Left out here: lookahead and several continuations, which cost more evaluations and are no better for ranking siblings
-in the measurements so far; the Jensen gap between the two sides is ignored, as in the paper.
+By default the Jensen gap between the two sides is ignored, as in the paper; `futures` has estimates of the left side
+that cost more evaluations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from tailorpo.futures import Continuations, Draw, End, Lookahead, StepReward
 from tailorpo.models import Conditioning
 from tailorpo.policy import Policy, PolicyStep
 from tailorpo.rewards.ensemble_scorer import Comparison, EnsembleScorer
@@ -48,7 +49,7 @@ class Scored:
     Attributes:
         latents: (B, C, h, w).
         step: the network's step from them, without a graph; None after the last step.
-        pictures: the predicted clean pictures, (B, 3, H, W).
+        pictures: the predicted clean pictures, (B, 3, H, W); of several continuations the first one's.
         reward: (B,), NaN where the reward was invalid.
         gradient: d reward / d latents, (B, C, h, w), if it was asked for.
         comparison: how the reward came about.
@@ -89,8 +90,10 @@ def score_latents(
     score: Score,
     gradient: GradientPath = "none",
     siblings: int = 1,
+    step_reward: StepReward = "predicted",
+    draw: Draw | None = None,
 ) -> Scored:
-    """Score x_k = latents, with one network evaluation each (none where k is the end).
+    """Score x_k = latents, with one network evaluation each (none where k is the end), and those of looking ahead.
 
     Args:
         policy: the model under its sampler.
@@ -103,8 +106,25 @@ def score_latents(
             taken as 1 / alpha, which costs no backward through the network and keeps directions that the true Jacobian
             filters.
         siblings: how many candidates each trajectory has among the latents.
+        step_reward: the clean picture predicted at x_k, or a look ahead, which has no gradient.
+        draw: the noise of continuations; needed for these alone.
+
+    Raises:
+        ValueError: a gradient of a look ahead, or continuations without `draw`.
     """
     at_end = k == policy.schedule.steps
+    if step_reward != "predicted" and not at_end:
+        if gradient != "none":
+            raise ValueError(f"the step reward {step_reward} has no gradient")
+        return _score_ahead(
+            policy,
+            latents,
+            k=k,
+            cond=cond,
+            step_reward=step_reward,
+            draw=draw,
+            judge=lambda pictures, time: compare(score, pictures, prompts, siblings=siblings, time=time),
+        )
     leaf = latents.detach().requires_grad_(gradient != "none")
     with torch.set_grad_enabled(gradient == "full"):
         step = None if at_end else policy.step(leaf, k, cond)
@@ -123,3 +143,36 @@ def score_latents(
             direction = direction / float(policy.schedule.alpha[k])
     known = step.detach() if step else None
     return Scored(latents.detach(), known, pictures.detach(), compared.reward, direction, compared)
+
+
+@torch.no_grad()
+def _score_ahead(
+    policy: Policy,
+    latents: Tensor,
+    *,
+    k: int,
+    cond: Conditioning,
+    step_reward: Lookahead | Continuations,
+    draw: Draw | None,
+    judge: Callable[[Tensor, int | None], Comparison],
+) -> Scored:
+    """Score x_k = latents, k before the end, by where a look ahead ends."""
+    step = policy.step(latents, k, cond)
+    if isinstance(step_reward, Lookahead):
+        ends: Iterable[End] = [step_reward.look(policy, latents, step, k=k, cond=cond)]
+    elif draw is None:
+        raise ValueError("continuations need the noise that they draw")
+    else:
+        ends = step_reward.look(policy, latents, step, k=k, cond=cond, draw=draw)
+    shown: Tensor | None = None
+    found: list[Comparison] = []
+    for end in ends:
+        decode = policy.model.decode if end.time is None else policy.model.decode_draft
+        pictures = decode(end.clean)
+        found.append(judge(pictures, end.time))
+        shown = pictures if shown is None else shown
+    assert shown is not None
+    compared = found[0]
+    if len(found) > 1:
+        compared = Comparison.single(torch.stack([each.total for each in found]).mean(dim=0))
+    return Scored(latents.detach(), step, shown, compared.reward, None, compared)

@@ -43,6 +43,8 @@ class Cost:
         backwards: backward passes through the network for the loss.
         input_gradients: backward passes to the latents for guidance.
         reward_queries: pictures decoded and scored, the finished one included.
+        finished: of the reward queries, finished pictures, which are decoded in full; those of a trained last step are
+            not counted.
         guided: whether forwards and backwards are under the sampler's guidance; without it two are worth one.
         references: of the forwards, those of the reference.
         picture_gradients: of the reward queries, those that are differentiated with respect to the latents.
@@ -55,6 +57,7 @@ class Cost:
     backwards: int
     input_gradients: int
     reward_queries: int
+    finished: int = 1
     guided: bool = True
     references: int = 0
     picture_gradients: int = 0

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from pathlib import Path
 from typing import Any, cast
 
 from tailorpo.errors import UserError
+from tailorpo.step_choice import measurement
 
 
 def misrank_at(path: str, time: int) -> float:
@@ -49,7 +49,7 @@ def load_misranks(path: str) -> tuple[tuple[int, float], ...]:
     """
     hint = "give the jensen.json that `tailorpo jensen` writes"
     try:
-        content: Any = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        content: Any = json.loads(measurement(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: it cannot be read ({error.strerror}); {hint}") from error
     except ValueError as error:

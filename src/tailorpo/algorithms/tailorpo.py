@@ -13,6 +13,9 @@ beta is in nats of the sum over dimensions. The paper leaves open: beta, which s
 updated, and whether the walk goes on from the guided winner. Here: every choice is a field, the update comes after all
 trajectories of a batch, and the walk goes on from the guided winner, whose evaluation the next step needs anyway.
 
+`step_reward` replaces Eq. 12 by an estimate that looks further ahead (`futures`); `train_steps: {auto: K}` chooses the
+steps by a measurement (`step_choice`).
+
 Left out: the ratio clamp of D3PO's and SPO's code (see `objectives`), and all pairs of k candidates as pairs, for which
 the list's own likelihood stands.
 """
@@ -41,12 +44,14 @@ from tailorpo.algorithms.pairs import (
     pair_step,
 )
 from tailorpo.algorithms.safeguard import guarded, loser_scale
+from tailorpo.futures import StepReward
 from tailorpo.guidance import Guidance, SigmaGuidance, length
 from tailorpo.noise import Noise
 from tailorpo.objectives import dpo, ipo, plackett_luce, soft_dpo
 from tailorpo.policy import Policy
 from tailorpo.rollout import Branch, Trajectories, rollout_branches
 from tailorpo.samplers import DDIM
+from tailorpo.step_choice import AutoSteps
 from tailorpo.step_rewards import Score
 
 StoredRanking = StoredPairs | StoredCandidates | StoredGroups
@@ -71,8 +76,8 @@ class TailorPO:
             their order, which is dpo for two.
         beta: strength of the tie to the reference, in nats of the sum over dimensions.
         candidates: drawn at each trained step; every one after the second costs one network evaluation.
-        train_steps: which of the sampler's steps are trained: a count, spread evenly; a list of 0-based steps; or
-            {first, last, count}.
+        train_steps: which of the sampler's steps are trained: a count, spread evenly; a list of 0-based steps;
+            {first, last, count}; or {auto: count, measured: file of `tailorpo jensen`}, the steps that teach most.
         offset: where in its stratum each of `count` steps lies: "centred", or "random", drawn anew for every update.
         step_weights: "normalised" divides beta by |d mean / d output| / sigma of the step, so that one change of the
             network counts the same at every step; "uniform" is the loss as written.
@@ -81,9 +86,12 @@ class TailorPO:
             running root mean square of the gaps between siblings at the step.
         label_smoothing: the chance, below 1/2, that the step reward orders two siblings wrongly; or "auto", as measured
             at the step (`misranks`).
-        misranks: the jensen.json of `tailorpo jensen`, for label_smoothing: auto.
+        misranks: the jensen.json of `tailorpo jensen`, or the name of a bundled one, for label_smoothing: auto.
         safeguard: scale the loser's part of the gradient so that the winner's likelihood does not fall to first order;
             for dpo with hard labels.
+        step_reward: what the candidates are ranked by: "predicted", Eq. 12; {lookahead: n}, the picture predicted after
+            n deterministic steps ahead; {continuations: n, cut: m}, the mean of n chains under shared noise, to the end
+            or cut after m steps.
         continue_from: which candidate the trajectory goes on from.
         finish: walk on to the picture after the last trained step. Only the log's `reward_final` needs it; without it
             every trajectory saves the evaluations after that step, one decode and one reward query.
@@ -99,7 +107,7 @@ class TailorPO:
     objective: Literal["dpo", "ipo", "plackett_luce"] = "dpo"
     beta: float = 0.1
     candidates: int = 2
-    train_steps: int | tuple[int, ...] | Steps = 5
+    train_steps: int | tuple[int, ...] | Steps | AutoSteps = 5
     offset: Literal["centred", "random"] = "centred"
     step_weights: Literal["uniform", "normalised"] = "uniform"
     labels: Literal["hard", "soft"] = "hard"
@@ -107,6 +115,7 @@ class TailorPO:
     label_smoothing: float | Literal["auto"] = 0.0
     misranks: str | None = None
     safeguard: bool = False
+    step_reward: StepReward = "predicted"
     continue_from: Literal["winner", "random", "loser"] = "winner"
     finish: bool = True
     guidance: Guidance | None = None
@@ -140,6 +149,8 @@ class TailorPO:
         if isinstance(wanted, int):
             if not 1 <= wanted <= steps:
                 found.append(f"algorithm.train_steps must be in 1..{steps} (sampler.steps), got {wanted}")
+        elif isinstance(wanted, AutoSteps):
+            found += wanted.problems(steps)
         elif isinstance(wanted, Steps):
             if not (0 <= wanted.first <= wanted.last < steps and 1 <= wanted.count <= wanted.last - wanted.first + 1):
                 found.append(
@@ -167,14 +178,19 @@ class TailorPO:
                 "algorithm.guidance (TailorPO-G) needs the gradient of the reward, and this reward is not"
                 " differentiable; use guidance: null (TailorPO) or a differentiable reward"
             )
+        if self.guidance is not None and self.step_reward != "predicted":
+            found.append(
+                "algorithm.guidance follows the gradient of the predicted picture's reward, and algorithm.step_reward"
+                " ranks by another number; use step_reward: predicted, or guidance: null"
+            )
         if (
             isinstance(self.guidance, SigmaGuidance)
             and self.guidance.corrected_beta
             and (self.labels == "soft" or self.objective != "dpo")
         ):
             found.append(
-                "algorithm.guidance.corrected_beta is for dpo with hard labels: soft ones grow with the push themselves,"
-                " and their optimum lies where it did; set labels to hard or corrected_beta to false"
+                "algorithm.guidance.corrected_beta is for dpo with hard labels: soft ones grow with the push"
+                " themselves, and their optimum lies where it did; set labels to hard or corrected_beta to false"
             )
         return found
 
@@ -197,13 +213,16 @@ class TailorPO:
         if isinstance(wanted, Steps):
             span, gaps = wanted.last - wanted.first, max(wanted.count - 1, 1)
             return tuple(wanted.first + round(i * span / gaps) for i in range(wanted.count))
+        if isinstance(wanted, AutoSteps):
+            return wanted.choose(power=1 if self.step_weights == "normalised" else 2)
         return tuple(sorted(wanted))
 
     def cost(self, steps: int, trained: Sequence[int]) -> Cost:
         """What one trajectory costs with the given trained steps, in the first epoch."""
         guidance, inline = self.guidance, self.update == "inline"
         rescored = guidance is not None and guidance.accept_reject
-        forwards, input_gradients, known = 0, 0, False
+        ends = self.finish or steps - 1 in trained
+        forwards, input_gradients, pictures, finished, known = 0, 0, 0, int(ends), False
         for k in range(steps if self.finish else max(trained) + 1):
             branching = k in trained
             # The walk's own evaluation; a graph for the loss needs a new one even where a score left one without.
@@ -211,8 +230,16 @@ class TailorPO:
             known = False
             if branching:
                 forwards += 1  # reference
-                if k + 1 < steps:  # finished latents are scored without the network
-                    forwards += self.candidates + rescored
+                ahead = None if self.step_reward == "predicted" else self.step_reward
+                left, count = steps - k - 1, self.candidates
+                if ahead is None or not left:
+                    pictures += count + rescored
+                else:
+                    forwards += count * ahead.evaluations(left)
+                    pictures += count * ahead.ends
+                    finished += count * ahead.finished(left)
+                if left:  # finished latents are scored without the network
+                    forwards += count + rescored
                     known = guidance is None or rescored or self.continue_from != "winner"
                     input_gradients += guidance is not None and guidance.jacobian == "full"
         epochs = 1 if inline else self.inner_epochs
@@ -220,7 +247,8 @@ class TailorPO:
             forwards=forwards + (0 if inline else epochs * len(trained)),
             backwards=epochs * len(trained),
             input_gradients=input_gradients,
-            reward_queries=len(trained) * (self.candidates + rescored) + (self.finish or steps - 1 in trained),
+            reward_queries=pictures + ends,
+            finished=finished,
             references=len(trained),
             picture_gradients=0 if guidance is None else self.candidates * len(trained),
             scored_rows=self.candidates,
@@ -255,6 +283,7 @@ class TailorPO:
             decide=decide,
             graph=self.update == "inline",
             gradient="none" if self.guidance is None else self.guidance.jacobian,
+            step_reward=self.step_reward,
             finish=self.finish,
             on_step=on_step,
         )

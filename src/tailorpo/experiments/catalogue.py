@@ -237,6 +237,34 @@ GRIDS = (
         points=2,
     ),
     Grid(
+        name="step-rewards",
+        question="Which steps should be trained, and does it pay to rank by more than the predicted picture?",
+        paper="none; Table 8 and Section 3.2 leave both open",
+        statistic="interquartile mean of the gain over seeds and prompts",
+        variants=tuple(
+            Variant(
+                name=name,
+                recipe="emoji_tailorpo.yaml",
+                overrides=(f"algorithm.{setting}",) if setting else (),
+                tuned="TailorPO",
+            )
+            for name, setting in {
+                "steps 4 to 16": "",
+                "5 evenly spread": "train_steps=5",
+                "5 by measurement": f"train_steps={{auto: 5, measured: {PREFERENCE}}}",
+                "10 by measurement": f"train_steps={{auto: 10, measured: {PREFERENCE}}}",
+                "lookahead 2": "step_reward={lookahead: 2}",
+                "2 continuations": "step_reward={continuations: 2}",
+                "2 continuations, cut after 2": "step_reward={continuations: 2, cut: 2}",
+            }.items()
+        ),
+        seeds={PREFERENCE: (1,)},
+        budget=BUDGET,
+        overrides=EVALUATION,
+        reference="steps 4 to 16",
+        points=2,
+    ),
+    Grid(
         name="guidance",
         question="Which form of guidance helps, and does it need the network's Jacobian?",
         paper="Table 9",

@@ -131,7 +131,7 @@ def _work(run: Run, cost: Cost, units: dict[str, float]) -> tuple[Work, ...]:
     queries, gradients = mean(lambda each: each.reward_queries), mean(lambda each: each.picture_gradients)
     # With a tiny VAE the pictures on the way are drafts; those of a trained last step are taken for drafts, too.
     draft = run.model.tiny_vae is not None and cost.scored_rows > 0
-    drafts, draft_gradients = (queries - 1, gradients) if draft else (0.0, 0.0)
+    drafts, draft_gradients = (queries - mean(lambda each: each.finished), gradients) if draft else (0.0, 0.0)
     texts = len({"", *load_prompts(run.prompts), *seen, *unseen})
 
     def work(kind: str, phase: Phase, count: float, *, dtype: DType = run.model.dtype) -> Work:
