@@ -36,6 +36,8 @@ class Trajectories:
         latents: the current x_k, (B, C, h, w) float32.
         reward: of the finished pictures, (B,), where a method has scored them; NaN where it finished none.
         members: the same of each member of an ensemble, by name.
+        measured: of how many trajectories, the first ones, the KL to the base model is wanted at every step.
+        kl: what a method knows of that KL: by step, in nats, (n,) with the measured trajectories first.
     """
 
     prompts: Sequence[str]
@@ -44,6 +46,8 @@ class Trajectories:
     latents: Tensor
     reward: Tensor | None = None
     members: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    measured: int = 0
+    kl: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -170,6 +174,8 @@ def rollout_branches(
     decide: Callable[[Branch], D],
     graph: bool,
     gradient: GradientPath = "none",
+    between: Callable[[ChainStep], D | None] = lambda step: None,
+    graph_between: Collection[int] = (),
     on_step: Callable[[int], None] | None = None,
 ) -> Iterator[D]:
     """Sample to the end, branching at the trained steps, and yield the decision at each.
@@ -185,6 +191,8 @@ def rollout_branches(
         graph: keep the graph of the step from x_k, so that a loss can use it; the graph lives until the consumer of
             the yielded decision lets go of it, so memory does not grow with the number of steps.
         gradient: whether the scores come with their gradient.
+        between: sees each step at which the rollout does not branch; what it returns is yielded.
+        graph_between: at which of these the graph is kept, too, if it is kept at all.
         on_step: called with the number of steps done.
 
     Raises:
@@ -201,8 +209,9 @@ def rollout_branches(
     for k in range(policy.schedule.steps):
         x = trajectories.latents
         branching = k in trained
-        with torch.set_grad_enabled(graph and branching):
-            if step is None or (graph and branching):
+        with_graph = graph and (branching or k in graph_between)
+        with torch.set_grad_enabled(with_graph):
+            if step is None or with_graph:
                 step = policy.step(x, k, cond)
         if branching:
             noises = torch.stack(
@@ -223,8 +232,13 @@ def rollout_branches(
             yield decision
             del decision
         else:
-            trajectories.latents = step.gaussian.sample(step_noise(noise, trajectories, k, like=x))
+            drawn = step.detach().gaussian.sample(step_noise(noise, trajectories, k, like=x))
+            trajectories.latents = drawn
+            seen = between(ChainStep(k, x, step, drawn))
             step = None
+            if seen is not None:
+                yield seen
+                del seen
         if on_step:
             on_step(k + 1)
 

@@ -23,10 +23,13 @@ from torch import Tensor
 from tailorpo._distributed import ALONE, Processes, pick_device
 from tailorpo.algorithms.base import Algorithm, Stored
 from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
+from tailorpo.algorithms.tailorpo import TailorPO
 from tailorpo.checkpoint import load_latest_checkpoint, save_checkpoint
+from tailorpo.control import adapted, observe
 from tailorpo.errors import ProcessError, UserError
 from tailorpo.metrics import UpdateMetrics
 from tailorpo.models import DiffusionModel
+from tailorpo.moving_reference import MovingReference, ParameterCopy
 from tailorpo.noise import Noise
 from tailorpo.optimizer import Learner
 from tailorpo.pair_gallery import PairGallery, gallery_updates
@@ -141,10 +144,14 @@ class Session:
         self._firsts = processes.share(range(0, run.batch.trajectories, run.batch.micro))
         self._galleries = gallery_updates(run.updates)
         self.scales = score.scales if isinstance(score, EnsembleScorer) else None
+        method = run.algorithm
+        self._measured = method.kl_measured if isinstance(method, TailorPO) else 0
+        if isinstance(method, TailorPO) and isinstance(method.reference, MovingReference):
+            policy.moving = ParameterCopy(learner.parameters, method.reference)
 
     def update(self, update: int) -> dict[str, Any]:
         """Collect the samples of one batch of trajectories, train on them, and return what there is to log."""
-        run, policy, algorithm = self.run, self.policy, self.algorithm
+        run, policy, algorithm = self.run, self.policy, adapted(self.algorithm, self.memory)
         trained = algorithm.trained_steps(policy.schedule.steps, noise=self.noise, update=update)
         gallery = PairGallery(self.directory.path / "samples/pairs", update=update + 1, times=policy.schedule.time)
         metrics, stored = UpdateMetrics(), list[Stored]()
@@ -162,6 +169,7 @@ class Session:
                 if update + 1 in self._galleries:
                     gallery.add(sample, first_trajectory=first)
                 del sample  # lets go of the graph before the walk goes on
+            metrics.add_kl(trajectories.kl)
             metrics.add_final(self.final_reward(trajectories))
 
         if algorithm.update == "inline":
@@ -173,14 +181,28 @@ class Session:
                     self.learner.backward(algorithm.loss(policy, minibatch).mean() / count)
                 self.learner.step()
 
+        if policy.moving:
+            policy.moving.follow(update + 1)
         if update + 1 in self._galleries:
             gallery.save(self.processes)
+        figures = UpdateMetrics.joined(self.processes.gather(metrics.cpu())).summary(times=policy.schedule.time)
         return {
             "update": update + 1,
             **self.learner.take_metrics(),
-            **UpdateMetrics.joined(self.processes.gather(metrics.cpu())).summary(times=policy.schedule.time),
-            "forwards": self.processes.total(policy.evaluations) // run.sampler.evaluations_per_forward,
-            "reward_queries": self.processes.total(self.score.queries),
+            **figures,
+            **observe(self.algorithm, self.memory, figures, policy),
+            **self.spent(),
+        }
+
+    def spent(self) -> dict[str, int]:
+        """Since the start of the run, by all processes: guided forwards of training, those that only measured the KL,
+        and pictures scored."""
+        total, worth = self.processes.total, self.run.sampler.evaluations_per_forward
+        measuring = {"forwards_measuring": total(self.policy.measuring) // worth} if self._measured else {}
+        return {
+            "forwards": total(self.policy.evaluations) // worth,
+            **measuring,
+            "reward_queries": total(self.score.queries),
         }
 
     def trajectories(self, update: int) -> Iterator[tuple[int, Trajectories]]:
@@ -194,7 +216,9 @@ class Session:
             numbers = [update * total + place for place in range(first, min(first + micro, total))]
             prompts = [prompt_order(self.prompts, self.noise, number) for number in numbers]
             keys = [("train", number) for number in numbers]
-            yield first, start_trajectories(self.policy, prompts, noise=self.noise, keys=keys)
+            trajectories = start_trajectories(self.policy, prompts, noise=self.noise, keys=keys)
+            trajectories.measured = max(0, min(self._measured - first, len(numbers)))
+            yield first, trajectories
 
     @torch.no_grad()
     def final_reward(self, trajectories: Trajectories) -> dict[str, Tensor]:
@@ -243,6 +267,7 @@ class Session:
         state: dict[str, Any] = {
             "steps": self.learner.steps,
             "evaluations": self.processes.total(self.policy.evaluations),
+            "measuring": self.processes.total(self.policy.measuring),
             "reward_queries": self.processes.total(self.score.queries),
             "memory": self.memory,
         }
@@ -250,9 +275,8 @@ class Session:
             self.scales.settle(self.processes.gather)
             state["gap_scales"] = self.scales.running
         if self.processes.main:
-            save_checkpoint(
-                self.directory.path / "checkpoints", update=update, tensors=self.learner.tensors(), state=state
-            )
+            tensors = self.learner.tensors() | (self.policy.moving.tensors() if self.policy.moving else {})
+            save_checkpoint(self.directory.path / "checkpoints", update=update, tensors=tensors, state=state)
             export(self.policy.model, self.run, self.directory, updates=update)
 
     def restore(self) -> int:
@@ -268,10 +292,13 @@ class Session:
             return 0
         self.learner.load_tensors(checkpoint.tensors, steps=int(checkpoint.state["steps"]))
         self.memory = dict(checkpoint.state["memory"])
+        if self.policy.moving:
+            self.policy.moving.load_tensors(checkpoint.tensors)
         if self.scales is not None:
             self.scales.running = dict(checkpoint.state["gap_scales"])
         if self.processes.main:  # what was counted so far goes on one account; sums over the processes stay right
             self.policy.evaluations = int(checkpoint.state["evaluations"])
+            self.policy.measuring = int(checkpoint.state["measuring"])
             self.score.queries = int(checkpoint.state["reward_queries"])
             # A kill between a checkpoint and its export leaves the export of the checkpoint before.
             export(self.policy.model, self.run, self.directory, updates=checkpoint.update)

@@ -13,6 +13,11 @@ beta is in nats of the sum over dimensions. The paper leaves open: beta, which s
 updated, and whether the walk goes on from the guided winner. Here: every choice is a field, the update comes after all
 trajectories of a batch, and the walk goes on from the guided winner, whose evaluation the next step needs anyway.
 
+Beyond the paper, off by default (docs/kl.md): a KL penalty and a trust region at the step, a KL target that a
+controller holds (`control`), and references that move.
+
+    loss = (L where KL_k <= kl_mask, otherwise 0) + kl_penalty KL_k
+
 Left out: the ratio clamp of D3PO's and SPO's code (see `objectives`), and more than two candidates.
 """
 
@@ -27,12 +32,14 @@ from torch import Tensor
 
 from tailorpo.algorithms.base import Cost, Gather, Update, alone, check_counts, common_problems
 from tailorpo.algorithms.guided import move_winner
-from tailorpo.algorithms.pairs import Pair, StoredPairs, pair_logit
+from tailorpo.algorithms.kl_step import KLStep, StoredKLStep, note_kl, see_step, step_kl
+from tailorpo.algorithms.pairs import Pair, StoredPairs, logit_of, pair_step
 from tailorpo.guidance import Guidance, length
+from tailorpo.moving_reference import MovingReference
 from tailorpo.noise import Noise
 from tailorpo.objectives import dpo, soft_dpo
 from tailorpo.policy import Policy
-from tailorpo.rollout import Branch, Trajectories, rollout_branches
+from tailorpo.rollout import Branch, ChainStep, Trajectories, rollout_branches
 from tailorpo.samplers import DDIM
 from tailorpo.step_rewards import Score
 
@@ -51,7 +58,8 @@ class TailorPO:
     """The `algorithm` section of a run file, and the algorithm.
 
     Attributes:
-        beta: strength of the tie to the reference, in nats of the sum over dimensions.
+        beta: strength of the tie to the reference, in nats of the sum over dimensions; "auto" computes it from the gaps
+            of the pairs so far, for soft labels and a `kl_target`.
         train_steps: which of the sampler's steps are trained: a count, spread evenly; a list of 0-based steps; or
             {first, last, count}.
         offset: where in its stratum each of `count` steps lies: "centred", or "random", drawn anew for every update.
@@ -66,10 +74,21 @@ class TailorPO:
         inner_epochs: passes over the buffer.
         minibatch: pairs of a minibatch of the buffered update.
         accumulate: minibatches whose gradients make one optimizer step.
+        kl_target: nats from the base model over all steps of a trajectory that a controller holds: through beta with
+            soft labels, through `kl_penalty` with hard ones; null for no controller.
+        kl_penalty: lambda, what a nat of KL at a step costs in the loss; with `kl_target` and hard labels where the
+            controller starts, 0 for a guess from beta.
+        kl_steps: untrained steps at which the penalty acts, too, for one forward and one backward each; null for the
+            last step if a controller has the penalty, otherwise none.
+        kl_mask: nats of KL at a step beyond which its pair trains nothing; null for no limit.
+        reference: what the loss compares with: "base", the model as it was, or a copy that follows the policy:
+            {ema: 0.9} or {every: 10}.
+        kl_measured: of how many trajectories of an update the KL to the base model is measured at every step, at one
+            evaluation for each step that is not trained; 0 for none.
     """
 
     name: Literal["tailorpo"] = "tailorpo"
-    beta: float = 0.1
+    beta: float | Literal["auto"] = 0.1
     train_steps: int | tuple[int, ...] | Steps = 5
     offset: Literal["centred", "random"] = "centred"
     step_weights: Literal["uniform", "normalised"] = "uniform"
@@ -81,10 +100,24 @@ class TailorPO:
     inner_epochs: int = 1
     minibatch: int = 8
     accumulate: int = 1
+    kl_target: float | None = None
+    kl_penalty: float = 0.0
+    kl_steps: tuple[int, ...] | None = None
+    kl_mask: float | None = None
+    reference: Literal["base"] | MovingReference = "base"
+    kl_measured: int = 1
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
+        if self.beta != "auto" and not self.beta > 0:
             raise ValueError(f"beta must be positive, got {self.beta}")
+        for name in ("kl_target", "kl_mask"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive (nats) or null, got {value}")
+        if min(self.kl_penalty, self.kl_measured) < 0:
+            raise ValueError(
+                f"kl_penalty and kl_measured must be at least 0, got {self.kl_penalty} and {self.kl_measured}"
+            )
         if self.tau is not None and not self.tau > 0:
             raise ValueError(f"tau must be positive, got {self.tau}")
         check_counts(self)
@@ -93,6 +126,12 @@ class TailorPO:
     def needs_gradient(self) -> bool:
         """Guidance does."""
         return self.guidance is not None
+
+    @property
+    def controlled(self) -> Literal["beta", "kl_penalty"] | None:
+        """What the controller of `kl_target` moves: with soft labels beta, with hard ones, where beta sets no KL, the
+        penalty."""
+        return None if self.kl_target is None else "beta" if self.labels == "soft" else "kl_penalty"
 
     def problems(self, *, sampler: DDIM, differentiable: bool, trainable: bool) -> list[str]:
         """Everything about this algorithm that cannot work with the rest of the run, in words."""
@@ -120,12 +159,41 @@ class TailorPO:
             found.append("algorithm.labels is soft, which needs algorithm.tau, in units of the reward")
         if self.labels == "hard" and self.tau is not None:
             found.append("algorithm.tau has no effect with hard labels; set algorithm.labels to soft or leave tau out")
+        found += self._kl_problems(steps)
         if self.guidance is not None and not differentiable:
             found.append(
                 "algorithm.guidance (TailorPO-G) needs the gradient of the reward, and this reward is not"
                 " differentiable; use guidance: null (TailorPO) or a differentiable reward"
             )
         return found
+
+    def _kl_problems(self, steps: int) -> list[str]:
+        found: list[str] = []
+        if self.beta == "auto" and self.labels == "hard":
+            found.append(
+                "algorithm.beta: auto needs labels: soft; with hard labels beta sets a speed and not a KL (docs/kl.md)"
+            )
+        if self.beta == "auto" and self.kl_target is None:
+            found.append("algorithm.beta: auto needs algorithm.kl_target, the nats of a trajectory it is computed for")
+        if self.kl_target is not None and self.kl_measured == 0:
+            found.append("algorithm.kl_target needs the KL of all steps: set algorithm.kl_measured to 1 or more")
+        if self.kl_target is not None and self.reference != "base":
+            found.append(
+                "algorithm.kl_target holds the KL to the base model, which a moving reference lets go of; leave one of"
+                " kl_target and reference out"
+            )
+        if self.kl_steps is not None and self.controlled != "kl_penalty" and self.kl_penalty == 0:
+            found.append("algorithm.kl_steps has no effect without algorithm.kl_penalty; set one or leave both out")
+        if not all(0 <= k < steps for k in self.kl_steps or ()):
+            found.append(
+                f"algorithm.kl_steps must be in 0..{steps - 1} (sampler.steps - 1), got {list(self.kl_steps or ())}"
+            )
+        return found
+
+    def penalised_between(self, steps: int, trained: Sequence[int]) -> tuple[int, ...]:
+        """The untrained steps whose KL is penalised, ascending."""
+        last = (steps - 1,) if self.controlled == "kl_penalty" else ()
+        return tuple(sorted({*(last if self.kl_steps is None else self.kl_steps)} - {*trained}))
 
     def trained_steps(self, steps: int, *, noise: Noise, update: int) -> tuple[int, ...]:
         """The trained steps of one update, ascending."""
@@ -145,24 +213,26 @@ class TailorPO:
         guidance, inline = self.guidance, self.update == "inline"
         rescored = guidance is not None and guidance.accept_reject
         forwards, input_gradients, known = 0, 0, False
+        penalised = self.penalised_between(steps, trained)
         for k in range(steps):
             branching = k in trained
             # The walk's own evaluation; a graph for the loss needs a new one even where a score left one without.
-            forwards += not known or (inline and branching)
+            forwards += not known or (inline and (branching or k in penalised))
             known = False
+            forwards += k in penalised  # reference
             if branching:
                 forwards += 1  # reference
                 if k + 1 < steps:  # finished latents are scored without the network
                     forwards += 2 + rescored
                     known = guidance is None or rescored or self.continue_from != "winner"
                     input_gradients += guidance is not None and guidance.jacobian == "full"
-        epochs = 1 if inline else self.inner_epochs
+        epochs, samples = 1 if inline else self.inner_epochs, len(trained) + len(penalised)
         return Cost(
-            forwards=forwards + (0 if inline else epochs * len(trained)),
-            backwards=epochs * len(trained),
+            forwards=forwards + (0 if inline else epochs * samples),
+            backwards=epochs * samples,
             input_gradients=input_gradients,
             reward_queries=len(trained) * (2 + rescored) + 1,
-            references=len(trained),
+            references=samples,
             picture_gradients=0 if guidance is None else 2 * len(trained),
             scored_rows=2,
         )
@@ -176,15 +246,31 @@ class TailorPO:
         score: Score,
         noise: Noise,
         on_step: Callable[[int], None] | None = None,
-    ) -> Iterator[Pair]:
-        """Walk the trajectories to the end and yield a ranked pair of each at every trained step.
+    ) -> Iterator[Pair | KLStep]:
+        """Walk the trajectories to the end and yield a ranked pair of each at every trained step, and the KL of the
+        other steps that are penalised.
 
         Under an inline update a pair carries the graph of its step: run the loss and its backward before asking for
         the next.
         """
 
-        def decide(branch: Branch) -> Pair:
-            return self._rank(policy, branch, trajectories, score=score, noise=noise)
+        penalised = self.penalised_between(policy.schedule.steps, trained)
+
+        def decide(branch: Branch) -> Pair | KLStep:
+            pair = self._rank(policy, branch, trajectories, score=score, noise=noise)
+            if self.kl_measured:
+                note_kl(policy, trajectories, branch.k, branch.latents, branch.step, known=pair.kl)
+            return pair
+
+        def between(walked: ChainStep) -> KLStep | None:
+            return see_step(
+                policy,
+                trajectories,
+                walked,
+                penalised=walked.k in penalised,
+                measured=self.kl_measured > 0,
+                graph=self.update == "inline",
+            )
 
         yield from rollout_branches(
             policy,
@@ -196,26 +282,40 @@ class TailorPO:
             decide=decide,
             graph=self.update == "inline",
             gradient="none" if self.guidance is None else self.guidance.jacobian,
+            between=between,
+            graph_between=penalised,
             on_step=on_step,
         )
 
     def prepare(
-        self, stored: Sequence[StoredPairs], memory: dict[str, list[float]], gather: Gather = alone
-    ) -> Sequence[StoredPairs]:
+        self, stored: Sequence[StoredPairs | StoredKLStep], memory: dict[str, list[float]], gather: Gather = alone
+    ) -> Sequence[StoredPairs | StoredKLStep]:
         """Nothing: a pair is labelled when it is drawn."""
         return stored
 
-    def loss(self, policy: Policy, pair: Pair | StoredPairs) -> Tensor:
+    def loss(self, policy: Policy, pair: Pair | StoredPairs | KLStep | StoredKLStep) -> Tensor:
         """Eq. 10 of each pair, (B,), from the graph that the rollout left or from a new evaluation of x_k.
 
-        It is zero for pairs without an order.
+        It is zero for pairs without an order; the KL penalty, if there is one, is added to all of them.
         """
-        logit, beta = pair_logit(policy, pair), self.beta
+        if isinstance(pair, KLStep | StoredKLStep):
+            return self.kl_penalty * step_kl(policy, pair)
+        gaussian = pair_step(policy, pair)
+        logit, beta = logit_of(policy, pair, gaussian), self._number(self.beta)
         if self.step_weights == "normalised":
             beta = beta / policy.sampler.noise_weight(policy.schedule, pair.k, kind=policy.model.prediction_type)
         soft = self.labels == "soft"
         loss = soft_dpo(logit, beta=beta, probability=pair.probability) if soft else dpo(logit, beta=beta)
-        return torch.where(pair.valid, loss, torch.zeros_like(loss))
+        loss = torch.where(pair.valid, loss, torch.zeros_like(loss))
+        if self.kl_penalty and pair.reference is not None:
+            loss = loss + self.kl_penalty * gaussian.kl(pair.reference)
+        return loss
+
+    @staticmethod
+    def _number(beta: float | Literal["auto"]) -> float:
+        if beta == "auto":
+            raise ValueError("beta: auto stands for a number that `control.adapted` puts in its place for an update")
+        return beta
 
     @torch.no_grad()
     def _rank(self, policy: Policy, branch: Branch, trajectories: Trajectories, *, score: Score, noise: Noise) -> Pair:
@@ -232,14 +332,15 @@ class TailorPO:
         tie = present & (reward_winner == reward_loser)
 
         gaussian = branch.step.detach().gaussian
+        reference = policy.reference_step(branch.latents, branch.k, trajectories.cond)
         moved = move_winner(self.guidance, policy, branch, trajectories, first, score=score)
         noises = branch.noises.flatten(0, 1)
         noise_winner, noise_loser = noises[first] + moved.push / gaussian.std, noises[second]
         noise_difference = noise_winner - noise_loser
         gap, push = reward_winner - reward_loser, length(moved.push) / gaussian.std
+        kl = gaussian.kl(reference)
         soft = torch.ones_like(gap) if self.tau is None else torch.sigmoid((gap + moved.gain) / self.tau)
 
-        reference = policy.reference_step(branch.latents, branch.k, trajectories.cond)
         next_latents, next_step = moved.latents, moved.step
         if self.continue_from != "winner":
             chosen = second
@@ -255,23 +356,25 @@ class TailorPO:
             cond=trajectories.cond,
             noise_difference=noise_difference,
             probability=soft.nan_to_num(0.5),
-            valid=present & (~tie | (self.labels == "soft")),
+            valid=present & (~tie | (self.labels == "soft")) & (kl <= (self.kl_mask or torch.inf)),
             tie=tie,
             present=present,
             reward_winner=reward_winner,
             reward_loser=reward_loser,
             gap=gap,
             logit=gaussian.pair_logit(noise_difference, reference),
-            kl=gaussian.kl(reference),
+            kl=kl,
             log_ratio_winner=gaussian.log_ratio(gaussian.sample(noise_winner), reference),
             log_ratio_loser=gaussian.log_ratio(gaussian.sample(noise_loser), reference),
             push=push,
             extra=branch.scored.comparison.figures(first, second)
-            | ({} if self.guidance is None else {"guidance_size": push, "guidance_accepted": moved.accepted.float()}),
+            | ({} if self.guidance is None else {"guidance_size": push, "guidance_accepted": moved.accepted.float()})
+            | ({} if self.kl_mask is None else {"kl_masked": (kl > self.kl_mask).float()}),
             pictures_winner=branch.scored.pictures[first],
             pictures_loser=branch.scored.pictures[second],
             step=branch.step if self.update == "inline" else None,
             reference=reference,
             next_latents=next_latents,
             next_step=next_step,
+            keep_reference=self.kl_penalty > 0,
         )
