@@ -17,12 +17,12 @@ w_t s_t takes the place of s_t. Before the first gaps are seen their sum of squa
     log beta += (g / 2) clip(log(KL / kl_target), -1/2, 1/2)       where |log(KL / kl_target)| > deadband
 
 **kl_target, hard labels.** beta is no knob: the loss has no fixed point and beta sets a speed. With lambda KL_t added
-there is one, and the controller moves lambda, which acts on the last step, too, where most nats are:
+there is one, and the controller moves lambda, which acts on the last two steps, too, where most nats are:
 
-    log lambda = log lambda_0 + I + p clip(log(KL / kl_target), -1, 1),     I by the law above
+    log lambda = log lambda_0 + I + p clip(log(KL / kl_target), -1, 1),     I += i clip(log(KL / kl_target), -1, 1)
 
 The proportional part makes the penalty steeper than linear around the target, which holds the KL while I is on its way:
-a policy that Adam moves answers to a new lambda only after some ten updates.
+a policy that Adam moves answers to a new lambda only after some updates.
 
 KL is that of a trajectory's steps to the base model, averaged over the last updates. On the way up to the target the
 integral waits, or it would take the start for a loss that is too tight.
@@ -45,8 +45,10 @@ from tailorpo.policy import Policy
 
 Memory = dict[str, list[float]]
 GAIN, CLIP, DEADBAND = 0.2, 0.5, 0.1
-"""Of the integral: g, the largest |log(KL / target)| that it answers to, and the smallest."""
-PROPORTIONAL, PROPORTIONAL_CLIP = 2.0, 1.0
+"""For beta: g, and the largest and the smallest |log(KL / target)| that are answered."""
+PROPORTIONAL, INTEGRAL_GAIN, PENALTY_CLIP = 1.0, 0.3, 1.0
+"""For the penalty: p, i, and the largest |log(KL / target)| that is answered. A penalty may move faster than beta: the
+KL answers to it with a power between -2/3 and -2."""
 KL_DECAY, GAP_DECAY = 0.5, 0.8
 """Shares of the past in the averages of KL and of squared gaps at an update."""
 RISING = 0.02
@@ -70,7 +72,7 @@ def adapted(algorithm: Algorithm, memory: Memory) -> Algorithm:
         return replace(algorithm, beta=beta * math.exp(integral))
     start = algorithm.kl_penalty or beta / (2 * math.sqrt(target))
     error = _error(memory, target / factor**2)
-    steep = PROPORTIONAL * _clip(0.0 if error is None else error, PROPORTIONAL_CLIP)
+    steep = PROPORTIONAL * _clip(0.0 if error is None else error, PENALTY_CLIP)
     return replace(algorithm, beta=beta, kl_penalty=start * math.exp(integral + steep))
 
 
@@ -112,7 +114,8 @@ def observe(algorithm: Algorithm, memory: Memory, figures: Mapping[str, Any], po
         error = _error(memory, algorithm.kl_target / _one(memory, FACTOR, 1.0) ** 2)
         rising = memory[KL][0] > (1 + RISING) * before
         if error is not None and abs(error) > DEADBAND and not (error < 0 and rising):
-            memory[INTEGRAL] = [_one(memory, INTEGRAL, 0.0) + GAIN / 2 * _clip(error, CLIP)]
+            gain, clip = (GAIN / 2, CLIP) if algorithm.controlled == "beta" else (INTEGRAL_GAIN, PENALTY_CLIP)
+            memory[INTEGRAL] = [_one(memory, INTEGRAL, 0.0) + gain * _clip(error, clip)]
         logged["kl_mean"] = memory[KL][0]
     return logged
 

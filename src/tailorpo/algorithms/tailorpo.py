@@ -79,7 +79,8 @@ class TailorPO:
         kl_penalty: lambda, what a nat of KL at a step costs in the loss; with `kl_target` and hard labels where the
             controller starts, 0 for a guess from beta.
         kl_steps: untrained steps at which the penalty acts, too, for one forward and one backward each; null for the
-            last step if a controller has the penalty, otherwise none.
+            last two if a controller has the penalty (which of them turns a change of the network into most nats is a
+            matter of the schedule), otherwise none.
         kl_mask: nats of KL at a step beyond which its pair trains nothing; null for no limit.
         reference: what the loss compares with: "base", the model as it was, or a copy that follows the policy:
             {ema: 0.9} or {every: 10}.
@@ -192,7 +193,7 @@ class TailorPO:
 
     def penalised_between(self, steps: int, trained: Sequence[int]) -> tuple[int, ...]:
         """The untrained steps whose KL is penalised, ascending."""
-        last = (steps - 1,) if self.controlled == "kl_penalty" else ()
+        last = range(max(steps - 2, 0), steps) if self.controlled == "kl_penalty" else ()
         return tuple(sorted({*(last if self.kl_steps is None else self.kl_steps)} - {*trained}))
 
     def trained_steps(self, steps: int, *, noise: Noise, update: int) -> tuple[int, ...]:
