@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tailorpo.gaussian_step import GaussianStep
 from tailorpo.models import Conditioning, DiffusionModel
+from tailorpo.moving_reference import ParameterCopy
 from tailorpo.prediction import to_x0_and_epsilon
 from tailorpo.samplers import DDIM
 
@@ -44,12 +45,16 @@ class Policy:
         model: the network with its adapter.
         sampler: how a prediction becomes a step.
         evaluations: latents that went through the network so far; those of a guided forward count twice.
+        measuring: the same of evaluations that only a measurement needs; on an account of their own.
+        moving: the parameters of the loss's reference where that is not the base model.
     """
 
     def __init__(self, model: DiffusionModel, sampler: DDIM) -> None:
         self.model = model
         self.sampler = sampler
         self.evaluations = 0
+        self.measuring = 0
+        self.moving: ParameterCopy | None = None
         self.schedule = model.schedule(sampler.steps)
 
     @property
@@ -86,6 +91,15 @@ class Policy:
         return latents * (float(self.schedule.alpha[k + 1]) / alpha if alpha > 0 else 0.0)
 
     def reference_step(self, latents: Tensor, k: int, cond: Conditioning) -> GaussianStep:
-        """The same step of the frozen reference: the model with its adapter switched off, without gradients."""
-        with torch.no_grad(), self.model.reference():
+        """The same step of the loss's reference, without gradients: the base model, unless the reference moves."""
+        with torch.no_grad(), self.model.reference() if self.moving is None else self.moving.in_place():
             return self.step(latents, k, cond).gaussian
+
+    def measured_kl(self, gaussian: GaussianStep, latents: Tensor, k: int, cond: Conditioning) -> Tensor:
+        """KL of a step from x_k = latents to the base model's in nats, (B,), at one evaluation of the base model."""
+        before = self.evaluations
+        with torch.no_grad(), self.model.reference():
+            base = self.step(latents, k, cond).gaussian
+        self.evaluations, spent = before, self.evaluations - before
+        self.measuring += spent
+        return gaussian.kl(base)

@@ -40,6 +40,8 @@ class Trajectories:
         reward: of the finished pictures, (B,), where a method has scored them; NaN where it finished none.
         members: the same of each member of an ensemble, by name.
         gaps: the running gaps between siblings at each step, for a method whose labels depend on them.
+        measured: of how many trajectories, the first ones, the KL to the base model is wanted at every step.
+        kl: what a method knows of that KL: by step, in nats, (n,) with the measured trajectories first.
     """
 
     prompts: Sequence[str]
@@ -50,6 +52,8 @@ class Trajectories:
     reward: Tensor | None = None
     members: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     gaps: GapScales | None = None
+    measured: int = 0
+    kl: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -179,6 +183,8 @@ def rollout_branches(
     gradient: GradientPath = "none",
     finish: bool = True,
     step_reward: StepReward = "predicted",
+    between: Callable[[ChainStep], D | None] = lambda step: None,
+    graph_between: Collection[int] = (),
     on_step: Callable[[int], None] | None = None,
 ) -> Iterator[D]:
     """Sample to the end, branching at the trained steps, and yield the decision at each.
@@ -194,8 +200,10 @@ def rollout_branches(
         graph: keep the graph of the step from x_k, so that a loss can use it; the graph lives until the consumer of
             the yielded decision lets go of it, so memory does not grow with the number of steps.
         gradient: whether the scores come with their gradient.
-        finish: walk on to the picture after the last trained step.
+        finish: walk on to the picture after the last step that is trained or whose graph is kept.
         step_reward: what the candidates are scored by.
+        between: sees each step at which the rollout does not branch; what it returns is yielded.
+        graph_between: at which of these the graph is kept, too, if it is kept at all.
         on_step: called with the number of steps done.
 
     Raises:
@@ -209,11 +217,12 @@ def rollout_branches(
             )
     cond, prompts = trajectories.cond, trajectories.prompts
     step: PolicyStep | None = None
-    for k in range(policy.schedule.steps if finish else max(trained) + 1):
+    for k in range(policy.schedule.steps if finish else max(*trained, *graph_between) + 1):
         x = trajectories.latents
         branching = k in trained
-        with torch.set_grad_enabled(graph and branching):
-            if step is None or (graph and branching):
+        with_graph = graph and (branching or k in graph_between)
+        with torch.set_grad_enabled(with_graph):
+            if step is None or with_graph:
                 step = policy.step(x, k, cond)
         if branching:
             noises = torch.stack(
@@ -237,8 +246,13 @@ def rollout_branches(
             yield decision
             del decision
         else:
-            trajectories.latents = step.gaussian.sample(step_noise(noise, trajectories, k, like=x))
-            trajectories.finished, step = k + 1 == policy.schedule.steps, None
+            drawn = step.detach().gaussian.sample(step_noise(noise, trajectories, k, like=x))
+            trajectories.latents, trajectories.finished = drawn, k + 1 == policy.schedule.steps
+            seen = between(ChainStep(k, x, step, drawn))
+            step = None
+            if seen is not None:
+                yield seen
+                del seen
         if on_step:
             on_step(k + 1)
 

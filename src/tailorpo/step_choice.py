@@ -58,6 +58,15 @@ BUNDLED = ("emoji_preference",)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Steps:
+    """`count` trained steps spread evenly over first..last (0-based, both included)."""
+
+    first: int
+    last: int
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class AutoSteps:
     """`auto` trained steps, chosen by what a measurement says of each.
 

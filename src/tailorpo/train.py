@@ -26,9 +26,11 @@ from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
 from tailorpo.algorithms.labels import GAP_DECAY
 from tailorpo.algorithms.tailorpo import TailorPO
 from tailorpo.checkpoint import load_latest_checkpoint, save_checkpoint
+from tailorpo.control import adapted, observe
 from tailorpo.errors import ProcessError, UserError
 from tailorpo.metrics import UpdateMetrics
 from tailorpo.models import DiffusionModel
+from tailorpo.moving_reference import MovingReference, ParameterCopy
 from tailorpo.noise import Noise
 from tailorpo.optimizer import Learner
 from tailorpo.pair_gallery import PairGallery, gallery_updates
@@ -144,8 +146,12 @@ class Session:
         self._firsts = processes.share(range(0, run.batch.trajectories, run.batch.micro))
         self._galleries = gallery_updates(run.updates)
         self.scales = score.scales if isinstance(score, EnsembleScorer) else None
-        labels_by_gaps = isinstance(run.algorithm, TailorPO) and run.algorithm.tau == "auto"
+        method = run.algorithm
+        labels_by_gaps = isinstance(method, TailorPO) and method.tau == "auto"
         self.gaps = GapScales(GAP_DECAY, self.memory) if labels_by_gaps else None
+        self._measured = method.kl_measured if isinstance(method, TailorPO) else 0
+        if isinstance(method, TailorPO) and isinstance(method.reference, MovingReference):
+            policy.moving = ParameterCopy(learner.parameters, method.reference)
 
     def update(self, update: int) -> dict[str, Any]:
         """Collect the samples of one batch of trajectories, train on them, and return what there is to log."""
@@ -167,6 +173,7 @@ class Session:
                 if update + 1 in self._galleries:
                     gallery.add(sample, first_trajectory=first)
                 del sample  # lets go of the graph before the walk goes on
+            metrics.add_kl(trajectories.kl)
             metrics.add_final(self.final_reward(trajectories))
 
         if algorithm.update == "inline":
@@ -178,19 +185,34 @@ class Session:
                     self.learner.backward(algorithm.loss(policy, minibatch).mean() / count)
                 self.learner.step()
 
+        if policy.moving:
+            policy.moving.follow(update + 1)
         if update + 1 in self._galleries:
             gallery.save(self.processes)
+        figures = UpdateMetrics.joined(self.processes.gather(metrics.cpu())).summary(times=policy.schedule.time)
         return {
             "update": update + 1,
             **self.learner.take_metrics(),
-            **UpdateMetrics.joined(self.processes.gather(metrics.cpu())).summary(times=policy.schedule.time),
-            "forwards": self.processes.total(policy.evaluations) // run.sampler.evaluations_per_forward,
-            "reward_queries": self.processes.total(self.score.queries),
+            **figures,
+            **observe(self.algorithm, self.memory, figures, policy),
+            **self.spent(),
+        }
+
+    def spent(self) -> dict[str, int]:
+        """Since the start of the run, by all processes: guided forwards of training, those that only measured the KL,
+        and pictures scored."""
+        total, worth = self.processes.total, self.run.sampler.evaluations_per_forward
+        measuring = {"forwards_measuring": total(self.policy.measuring) // worth} if self._measured else {}
+        return {
+            "forwards": total(self.policy.evaluations) // worth,
+            **measuring,
+            "reward_queries": total(self.score.queries),
         }
 
     def algorithm_at(self, update: int) -> Algorithm:
-        """The algorithm with what changes over the updates at this one's value."""
-        return self.algorithm.at(update) if isinstance(self.algorithm, TailorPO) else self.algorithm
+        """The algorithm with this update's numbers: those of its own plan, and those that depend on what was seen."""
+        planned = self.algorithm.at(update) if isinstance(self.algorithm, TailorPO) else self.algorithm
+        return adapted(planned, self.memory)
 
     def trajectories(self, update: int) -> Iterator[tuple[int, Trajectories]]:
         """This process's trajectories of an update in batches of `batch.micro`, each with its first trajectory's place
@@ -206,6 +228,7 @@ class Session:
             keys = [("train", number) for number in numbers]
             trajectories = start_trajectories(self.policy, prompts, noise=self.noise, keys=keys)
             trajectories.gaps = self.gaps
+            trajectories.measured = max(0, min(self._measured - first, len(numbers)))
             yield first, trajectories
 
     @torch.no_grad()
@@ -259,6 +282,7 @@ class Session:
         state: dict[str, Any] = {
             "steps": self.learner.steps,
             "evaluations": self.processes.total(self.policy.evaluations),
+            "measuring": self.processes.total(self.policy.measuring),
             "reward_queries": self.processes.total(self.score.queries),
             "memory": self.memory,
         }
@@ -266,9 +290,8 @@ class Session:
             self.scales.settle(self.processes.gather)
             state["gap_scales"] = self.scales.running
         if self.processes.main:
-            save_checkpoint(
-                self.directory.path / "checkpoints", update=update, tensors=self.learner.tensors(), state=state
-            )
+            tensors = self.learner.tensors() | (self.policy.moving.tensors() if self.policy.moving else {})
+            save_checkpoint(self.directory.path / "checkpoints", update=update, tensors=tensors, state=state)
             export(self.policy.model, self.run, self.directory, updates=update)
 
     def restore(self) -> int:
@@ -284,10 +307,13 @@ class Session:
             return 0
         self.learner.load_tensors(checkpoint.tensors, steps=int(checkpoint.state["steps"]))
         self.memory.update(checkpoint.state["memory"])
+        if self.policy.moving:
+            self.policy.moving.load_tensors(checkpoint.tensors)
         if self.scales is not None:
             self.scales.running = dict(checkpoint.state["gap_scales"])
         if self.processes.main:  # what was counted so far goes on one account; sums over the processes stay right
             self.policy.evaluations = int(checkpoint.state["evaluations"])
+            self.policy.measuring = int(checkpoint.state["measuring"])
             self.score.queries = int(checkpoint.state["reward_queries"])
             # A kill between a checkpoint and its export leaves the export of the checkpoint before.
             export(self.policy.model, self.run, self.directory, updates=checkpoint.update)

@@ -29,6 +29,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "ddpo": {"name": "ddpo", "history": 4, "history_min": 2, "minibatch": 2, "accumulate": 5},
     "ensemble": {"name": "tailorpo", "train_steps": 2},
+    "kl target": {"name": "tailorpo", "train_steps": 2, "kl_target": 0.01, "kl_measured": 3},
+    "moving reference": {"name": "tailorpo", "train_steps": 2, "kl_penalty": 0.1, "reference": {"ema": 0.5}},
     "spo": {"name": "spo", "first_step": 1, "threshold": 0.0, "candidates": 2, "minibatch": 1, "accumulate": 2},
 }
 # Three batches for two processes: unequal shares. Adam divides a gradient by its own size, so that one of rounding
@@ -73,7 +75,7 @@ def norm(tensors: Iterable[Tensor]) -> float:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_train_as_one_does(tiny_folder: Path, tmp_path: Path, method: str) -> None:
-    rewards = ENSEMBLE if method == "ensemble" else {}
+    rewards, controlled = ENSEMBLE if method == "ensemble" else {}, method == "kl target"
     data = settings(tiny_folder, algorithm=METHODS[method], **SHARED, **rewards)
     for count in (1, 2):
         folder = tmp_path / str(count)
@@ -112,7 +114,8 @@ def test_two_processes_train_as_one_does(tiny_folder: Path, tmp_path: Path, meth
         for kind in ("parameter/", "optimizer/exp_avg/"):
             names = [name for name in mine if name.startswith(kind)]
             moved = norm(mine[name] for name in names if ".lora_B." in name)  # which started at zero
-            assert norm(mine[name] - first_rank[name] for name in names) < 1e-5 * moved
+            # A penalty that goes with the square of the KL so far shows the rounding of that, too.
+            assert norm(mine[name] - first_rank[name] for name in names) < (1e-4 if controlled else 1e-5) * moved
 
 
 def test_without_the_reduction_the_processes_part_and_the_run_says_so(tiny_folder: Path, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ class Group(Pair):
             targets=self.targets,
             valid=self.valid,
             reference_projections=torch.stack([self.reference.projection(z, origin) for z in self.noise_differences]),
+            reference=self.reference if self.keep_reference else None,
         )
 
 
@@ -58,6 +59,7 @@ class StoredGroups:
     targets: Tensor
     valid: Tensor
     reference_projections: Tensor
+    reference: GaussianStep | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -72,14 +74,12 @@ class StoredGroups:
             targets=self.targets[index],
             valid=self.valid[index],
             reference_projections=self.reference_projections[:, index],
+            reference=self.reference and GaussianStep(self.reference.mean[index], self.reference.std),
         )
 
 
-def group_scores(policy: Policy, group: Group | StoredGroups) -> Tensor:
-    """s_i of every candidate in nats, best first, (B, k): from the graph that the rollout left, or from a new
-    evaluation of x_k."""
-    known = None if isinstance(group, StoredGroups) else group.step
-    gaussian: GaussianStep = (known or policy.step(group.latents, group.k, group.cond)).gaussian
+def group_scores(policy: Policy, group: Group | StoredGroups, gaussian: GaussianStep) -> Tensor:
+    """s_i of every candidate in nats, best first, (B, k), of the policy's step from x_k (`pairs.pair_step`)."""
     if isinstance(group, StoredGroups):
         origin = policy.origin(group.latents, group.k)
         own = torch.stack([gaussian.projection(z, origin) for z in group.noise_differences])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ class Pair:
 
     Everything is (B,) or (B, C, h, w). `noise_difference` is z_w - z_l after guidance, `push` its size there in sigma,
     rewards and gap are those before it; `extra` are figures of the method's own. `step` carries the graph of the
-    rollout under an inline update and is None otherwise.
+    rollout under an inline update and is None otherwise. `keep_reference` is for losses that need the reference's whole
+    mean in later epochs, and not only its projection on the pair.
     """
 
     k: int
@@ -47,6 +49,7 @@ class Pair:
     reference: GaussianStep
     next_latents: Tensor
     next_step: PolicyStep | None
+    keep_reference: bool = field(default=False, kw_only=True)
 
     def figures(self) -> dict[str, Tensor]:
         """What there is to log; `accuracy` is 1 where the policy's own log-ratios order the pair as the reward does,
@@ -87,6 +90,7 @@ class Pair:
             probability=self.probability,
             valid=self.valid,
             reference_projection=self.reference.projection(self.noise_difference, origin),
+            reference=self.reference if self.keep_reference else None,
         )
 
 
@@ -101,6 +105,7 @@ class StoredPairs:
     probability: Tensor
     valid: Tensor
     reference_projection: Tensor
+    reference: GaussianStep | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -115,23 +120,39 @@ class StoredPairs:
             probability=self.probability[index],
             valid=self.valid[index],
             reference_projection=self.reference_projection[index],
+            reference=self.reference and GaussianStep(self.reference.mean[index], self.reference.std),
         )
 
 
 def pair_logit(policy: Policy, pair: Pair | StoredPairs) -> Tensor:
     """Log-ratio of the winner minus that of the loser in nats, (B,): from the graph that the rollout left, or from a
     new evaluation of x_k."""
+    return logit_of(policy, pair, pair_step(policy, pair))
+
+
+class FromStep(Protocol):
+    """What a loss trains on: made at step k from `latents`, x_k."""
+
+    @property
+    def k(self) -> int: ...
+    @property
+    def latents(self) -> Tensor: ...
+    @property
+    def cond(self) -> Conditioning: ...
+
+
+def pair_step(policy: Policy, sample: FromStep) -> GaussianStep:
+    """The policy's step from x_k: with the graph that the rollout left in a pair, or from a new evaluation."""
+    known = sample.step if isinstance(sample, Pair) else None
+    return (known or policy.step(sample.latents, sample.k, sample.cond)).gaussian
+
+
+def logit_of(policy: Policy, pair: Pair | StoredPairs, gaussian: GaussianStep) -> Tensor:
+    """`pair_logit` of the policy's step from x_k."""
     if isinstance(pair, StoredPairs):
-        gaussian = policy.step(pair.latents, pair.k, pair.cond).gaussian
         origin = policy.origin(pair.latents, pair.k)
         return gaussian.projection(pair.noise_difference, origin) - pair.reference_projection
-    return pair_step(policy, pair).pair_logit(pair.noise_difference, pair.reference)
-
-
-def pair_step(policy: Policy, pair: Pair | StoredPairs | StoredCandidates) -> GaussianStep:
-    """The policy's step from x_k: with the graph that the rollout left, or from a new evaluation."""
-    known = pair.step if isinstance(pair, Pair) else None
-    return (known or policy.step(pair.latents, pair.k, pair.cond)).gaussian
+    return gaussian.pair_logit(pair.noise_difference, pair.reference)
 
 
 @dataclass

@@ -16,6 +16,10 @@ trajectories of a batch, and the walk goes on from the guided winner, whose eval
 `step_reward` replaces Eq. 12 by an estimate that looks further ahead (`futures`); `train_steps: {auto: K}` chooses the
 steps by a measurement (`step_choice`).
 
+A KL penalty, a KL target that a controller holds, and references that move are in docs/kl.md; all are off by default:
+
+    loss = (objective where KL_k <= kl_mask, otherwise 0) + kl_penalty KL_k
+
 Left out: the ratio clamp of D3PO's and SPO's code (see `objectives`), and all pairs of k candidates as pairs, for which
 the list's own likelihood stands.
 """
@@ -30,41 +34,35 @@ import torch
 from torch import Tensor
 
 from tailorpo.algorithms.base import Cost, Gather, Update, alone, check_counts, common_problems
+from tailorpo.algorithms.checks import setting_problems
 from tailorpo.algorithms.groups import Group, StoredGroups, group_scores
-from tailorpo.algorithms.guided import move_pair
-from tailorpo.algorithms.labels import label_problems, pair_probability, stage_targets, temperature
-from tailorpo.algorithms.misranks import misrank_at
+from tailorpo.algorithms.kl_step import KLStep, StoredKLStep, note_kl, see_step, step_kl
 from tailorpo.algorithms.pairs import (
     CandidatePair,
     Pair,
     StoredCandidates,
     StoredPairs,
     candidate_log_ratios,
-    pair_logit,
+    logit_of,
     pair_step,
 )
+from tailorpo.algorithms.ranking import rank
 from tailorpo.algorithms.safeguard import guarded, loser_scale
 from tailorpo.futures import StepReward
-from tailorpo.guidance import Guidance, SigmaGuidance, length
+from tailorpo.gaussian_step import GaussianStep
+from tailorpo.guidance import Guidance, SigmaGuidance
+from tailorpo.moving_reference import MovingReference
 from tailorpo.noise import Noise
 from tailorpo.objectives import dpo, ipo, plackett_luce, soft_dpo
 from tailorpo.policy import Policy
-from tailorpo.rollout import Branch, Trajectories, rollout_branches
+from tailorpo.rollout import Branch, ChainStep, Trajectories, rollout_branches
 from tailorpo.samplers import DDIM
-from tailorpo.step_choice import AutoSteps
+from tailorpo.step_choice import AutoSteps, Steps
 from tailorpo.step_rewards import Score
 
 StoredRanking = StoredPairs | StoredCandidates | StoredGroups
 """What a later epoch needs of the candidates of a step, by what the loss needs."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Steps:
-    """`count` trained steps spread evenly over first..last (0-based, both included)."""
-
-    first: int
-    last: int
-    count: int
+StoredSample = StoredRanking | StoredKLStep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +72,8 @@ class TailorPO:
     Attributes:
         objective: "dpo" as in the paper or "ipo", of the best and the worst candidate; or "plackett_luce", of all in
             their order, which is dpo for two.
-        beta: strength of the tie to the reference, in nats of the sum over dimensions.
+        beta: strength of the tie to the reference, in nats of the sum over dimensions; "auto" computes it from the gaps
+            of the pairs so far, for soft labels and a `kl_target`.
         candidates: drawn at each trained step; every one after the second costs one network evaluation.
         train_steps: which of the sampler's steps are trained: a count, spread evenly; a list of 0-based steps;
             {first, last, count}; or {auto: count, measured: file of `tailorpo jensen`}, the steps that teach most.
@@ -101,11 +100,23 @@ class TailorPO:
         inner_epochs: passes over the buffer.
         minibatch: pairs of a minibatch of the buffered update.
         accumulate: minibatches whose gradients make one optimizer step.
+        kl_target: nats from the base model over all steps of a trajectory that a controller holds: through beta with
+            soft labels, through `kl_penalty` with hard ones; null for no controller.
+        kl_penalty: lambda, what a nat of KL at a step costs in the loss; with `kl_target` and hard labels where the
+            controller starts, 0 for a guess from beta.
+        kl_steps: untrained steps at which the penalty acts, too, for one forward and one backward each; null for the
+            last two if a controller has the penalty (which of them turns a change of the network into most nats is a
+            matter of the schedule), otherwise none.
+        kl_mask: nats of KL at a step beyond which its pair trains nothing; null for no limit.
+        reference: what the loss compares with: "base", the model as it was, or a copy that follows the policy:
+            {ema: 0.9} or {every: 10}.
+        kl_measured: of how many trajectories of an update the KL to the base model is measured at every step, at one
+            evaluation for each step that is not trained; 0 for none.
     """
 
     name: Literal["tailorpo"] = "tailorpo"
     objective: Literal["dpo", "ipo", "plackett_luce"] = "dpo"
-    beta: float = 0.1
+    beta: float | Literal["auto"] = 0.1
     candidates: int = 2
     train_steps: int | tuple[int, ...] | Steps | AutoSteps = 5
     offset: Literal["centred", "random"] = "centred"
@@ -123,9 +134,15 @@ class TailorPO:
     inner_epochs: int = 1
     minibatch: int = 8
     accumulate: int = 1
+    kl_target: float | None = None
+    kl_penalty: float = 0.0
+    kl_steps: tuple[int, ...] | None = None
+    kl_mask: float | None = None
+    reference: Literal["base"] | MovingReference = "base"
+    kl_measured: int = 1
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
+        if self.beta != "auto" and not self.beta > 0:
             raise ValueError(f"beta must be positive, got {self.beta}")
         if self.candidates < 2:
             raise ValueError(f"candidates must be at least 2, got {self.candidates}")
@@ -133,6 +150,14 @@ class TailorPO:
             raise ValueError(f"tau must be positive or auto, got {self.tau}")
         if isinstance(self.label_smoothing, int | float) and not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must be auto or at least 0 and below 0.5, got {self.label_smoothing}")
+        for name in ("kl_target", "kl_mask"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive (nats) or null, got {value}")
+        if min(self.kl_penalty, self.kl_measured) < 0:
+            raise ValueError(
+                f"kl_penalty and kl_measured must be at least 0, got {self.kl_penalty} and {self.kl_measured}"
+            )
         check_counts(self)
 
     @property
@@ -140,67 +165,32 @@ class TailorPO:
         """Guidance does."""
         return self.guidance is not None
 
+    @property
+    def controlled(self) -> Literal["beta", "kl_penalty"] | None:
+        """What the controller of `kl_target` moves: with soft labels beta, with hard ones, where beta sets no KL, the
+        penalty."""
+        return None if self.kl_target is None else "beta" if self.labels == "soft" else "kl_penalty"
+
     def problems(self, *, sampler: DDIM, differentiable: bool, trainable: bool) -> list[str]:
         """Everything about this algorithm that cannot work with the rest of the run, in words."""
         found = common_problems(
             sampler=sampler, trainable=trainable, update=self.update, inner_epochs=self.inner_epochs
         )
-        steps, wanted = sampler.steps, self.train_steps
-        if isinstance(wanted, int):
-            if not 1 <= wanted <= steps:
-                found.append(f"algorithm.train_steps must be in 1..{steps} (sampler.steps), got {wanted}")
-        elif isinstance(wanted, AutoSteps):
-            found += wanted.problems(steps)
-        elif isinstance(wanted, Steps):
-            if not (0 <= wanted.first <= wanted.last < steps and 1 <= wanted.count <= wanted.last - wanted.first + 1):
-                found.append(
-                    f"algorithm.train_steps: need 0 <= first <= last < {steps} (sampler.steps) and count in"
-                    f" 1..last-first+1, got first {wanted.first}, last {wanted.last}, count {wanted.count}"
-                )
-        elif not wanted or len(set(wanted)) < len(wanted) or not all(0 <= k < steps for k in wanted):
-            found.append(
-                f"algorithm.train_steps must be different whole numbers in 0..{steps - 1} (sampler.steps - 1),"
-                f" got {list(wanted)}"
-            )
-        if self.offset == "random" and not isinstance(wanted, int):
-            found.append("algorithm.offset: random needs train_steps to be a count")
-        found += label_problems(
-            labels=self.labels, tau=self.tau, label_smoothing=self.label_smoothing, misranks=self.misranks
-        )
-        if self.safeguard and (self.objective != "dpo" or self.labels == "soft" or self.label_smoothing != 0):
-            found.append(
-                "algorithm.safeguard keeps one winner's likelihood from falling, and other losses than dpo with hard"
-                " labels lower it on purpose once it has gone too far; set algorithm.objective to dpo, labels to hard"
-                " and label_smoothing to 0, or leave safeguard out"
-            )
-        if self.guidance is not None and not differentiable:
-            found.append(
-                "algorithm.guidance (TailorPO-G) needs the gradient of the reward, and this reward is not"
-                " differentiable; use guidance: null (TailorPO) or a differentiable reward"
-            )
-        if self.guidance is not None and self.step_reward != "predicted":
-            found.append(
-                "algorithm.guidance follows the gradient of the predicted picture's reward, and algorithm.step_reward"
-                " ranks by another number; use step_reward: predicted, or guidance: null"
-            )
-        if (
-            isinstance(self.guidance, SigmaGuidance)
-            and self.guidance.corrected_beta
-            and (self.labels == "soft" or self.objective != "dpo")
-        ):
-            found.append(
-                "algorithm.guidance.corrected_beta is for dpo with hard labels: soft ones grow with the push"
-                " themselves, and their optimum lies where it did; set labels to hard or corrected_beta to false"
-            )
-        return found
+        return found + setting_problems(self, steps=sampler.steps, differentiable=differentiable)
 
     def at(self, update: int) -> TailorPO:
         """The same with the guidance of an update, 0-based, and the beta that belongs to it."""
         if not isinstance(self.guidance, SigmaGuidance):
             return self
         guidance = self.guidance.at(update)
-        beta = self.beta / guidance.gain if guidance.corrected_beta else self.beta
-        return replace(self, guidance=guidance, beta=beta)
+        if self.beta == "auto" or not guidance.corrected_beta:
+            return replace(self, guidance=guidance)
+        return replace(self, guidance=guidance, beta=self.beta / guidance.gain)
+
+    def penalised_between(self, steps: int, trained: Sequence[int]) -> tuple[int, ...]:
+        """The untrained steps whose KL is penalised, ascending."""
+        last = range(max(steps - 2, 0), steps) if self.controlled == "kl_penalty" else ()
+        return tuple(sorted({*(last if self.kl_steps is None else self.kl_steps)} - {*trained}))
 
     def trained_steps(self, steps: int, *, noise: Noise, update: int) -> tuple[int, ...]:
         """The trained steps of one update, ascending."""
@@ -223,11 +213,13 @@ class TailorPO:
         rescored = guidance is not None and guidance.accept_reject
         ends = self.finish or steps - 1 in trained
         forwards, input_gradients, pictures, finished, known = 0, 0, 0, int(ends), False
-        for k in range(steps if self.finish else max(trained) + 1):
+        penalised = self.penalised_between(steps, trained)
+        for k in range(steps if self.finish else max(*trained, *penalised) + 1):
             branching = k in trained
             # The walk's own evaluation; a graph for the loss needs a new one even where a score left one without.
-            forwards += not known or (inline and branching)
+            forwards += not known or (inline and (branching or k in penalised))
             known = False
+            forwards += k in penalised  # reference
             if branching:
                 forwards += 1  # reference
                 ahead = None if self.step_reward == "predicted" else self.step_reward
@@ -242,14 +234,14 @@ class TailorPO:
                     forwards += count + rescored
                     known = guidance is None or rescored or self.continue_from != "winner"
                     input_gradients += guidance is not None and guidance.jacobian == "full"
-        epochs = 1 if inline else self.inner_epochs
+        epochs, samples = 1 if inline else self.inner_epochs, len(trained) + len(penalised)
         return Cost(
-            forwards=forwards + (0 if inline else epochs * len(trained)),
-            backwards=epochs * len(trained),
+            forwards=forwards + (0 if inline else epochs * samples),
+            backwards=epochs * samples,
             input_gradients=input_gradients,
             reward_queries=pictures + ends,
             finished=finished,
-            references=len(trained),
+            references=samples,
             picture_gradients=0 if guidance is None else self.candidates * len(trained),
             scored_rows=self.candidates,
         )
@@ -263,15 +255,31 @@ class TailorPO:
         score: Score,
         noise: Noise,
         on_step: Callable[[int], None] | None = None,
-    ) -> Iterator[Pair]:
-        """Walk the trajectories to the end and yield the ranked candidates of each at every trained step.
+    ) -> Iterator[Pair | KLStep]:
+        """Walk the trajectories to the end and yield the ranked candidates of each at every trained step, and the KL
+        of the other steps that are penalised.
 
         Under an inline update a pair carries the graph of its step: run the loss and its backward before asking for
         the next.
         """
 
-        def decide(branch: Branch) -> Pair:
-            return self._rank(policy, branch, trajectories, score=score, noise=noise)
+        penalised = self.penalised_between(policy.schedule.steps, trained)
+
+        def decide(branch: Branch) -> Pair | KLStep:
+            pair = rank(self, policy, branch, trajectories, score=score, noise=noise)
+            if self.kl_measured and self.finish:
+                note_kl(policy, trajectories, branch.k, branch.latents, branch.step, known=pair.kl)
+            return pair
+
+        def between(walked: ChainStep) -> KLStep | None:
+            return see_step(
+                policy,
+                trajectories,
+                walked,
+                penalised=walked.k in penalised,
+                measured=self.kl_measured > 0 and self.finish,
+                graph=self.update == "inline",
+            )
 
         yield from rollout_branches(
             policy,
@@ -284,119 +292,47 @@ class TailorPO:
             graph=self.update == "inline",
             gradient="none" if self.guidance is None else self.guidance.jacobian,
             step_reward=self.step_reward,
+            between=between,
+            graph_between=penalised,
             finish=self.finish,
             on_step=on_step,
         )
 
     def prepare(
-        self, stored: Sequence[StoredRanking], memory: dict[str, list[float]], gather: Gather = alone
-    ) -> Sequence[StoredRanking]:
+        self, stored: Sequence[StoredSample], memory: dict[str, list[float]], gather: Gather = alone
+    ) -> Sequence[StoredSample]:
         """Nothing: a pair is labelled when it is drawn."""
         return stored
 
-    def loss(self, policy: Policy, pair: Pair | StoredRanking) -> Tensor:
+    def loss(self, policy: Policy, sample: Pair | KLStep | StoredSample) -> Tensor:
         """The objective of each row, (B,), from the graph that the rollout left or from a new evaluation of x_k.
 
-        It is zero for candidates without an order.
+        It is zero for candidates without an order; the KL penalty, if there is one, is added to all of them.
         """
+        if isinstance(sample, KLStep | StoredKLStep):
+            return self.kl_penalty * step_kl(policy, sample)
+        gaussian = pair_step(policy, sample)
+        loss = self._objective(policy, sample, gaussian)
+        loss = torch.where(sample.valid, loss, torch.zeros_like(loss))
+        if self.kl_penalty and sample.reference is not None:
+            loss = loss + self.kl_penalty * gaussian.kl(sample.reference)
+        return loss
+
+    def _objective(self, policy: Policy, pair: Pair | StoredRanking, gaussian: GaussianStep) -> Tensor:
+        if self.beta == "auto":
+            raise ValueError("beta: auto stands for a number that `control.adapted` puts in its place for an update")
         weight = 1.0
         if self.step_weights == "normalised":
             weight = policy.sampler.noise_weight(policy.schedule, pair.k, kind=policy.model.prediction_type)
         beta = self.beta / weight
         if isinstance(pair, Group | StoredGroups):
-            loss = plackett_luce(group_scores(policy, pair), beta=beta, targets=pair.targets)
-        elif isinstance(pair, CandidatePair | StoredCandidates):
-            gaussian = pair_step(policy, pair)
+            return plackett_luce(group_scores(policy, pair, gaussian), beta=beta, targets=pair.targets)
+        if isinstance(pair, CandidatePair | StoredCandidates):
             scale = loser_scale(gaussian, pair.winner, pair.loser)
-            loss = dpo(guarded(*candidate_log_ratios(pair, gaussian), scale), beta=beta)
-        elif self.objective == "ipo":
-            loss = ipo(pair_logit(policy, pair) / weight, beta=self.beta, probability=pair.probability)
-        elif self.labels == "soft" or self.label_smoothing:
-            loss = soft_dpo(pair_logit(policy, pair), beta=beta, probability=pair.probability)
-        else:
-            loss = dpo(pair_logit(policy, pair), beta=beta)
-        return torch.where(pair.valid, loss, torch.zeros_like(loss))
-
-    @torch.no_grad()
-    def _rank(self, policy: Policy, branch: Branch, trajectories: Trajectories, *, score: Score, noise: Noise) -> Pair:
-        """Label a branch: order, guidance, and where to go on."""
-        batch, count, k = len(trajectories), self.candidates, branch.k
-        rows = torch.arange(batch, device=branch.latents.device)
-        reward = branch.scored.reward.view(count, batch)
-        # A candidate without a reward comes last; of equals the one drawn first comes first.
-        order = reward.nan_to_num(nan=-torch.inf).argsort(dim=0, descending=True, stable=True) * batch + rows
-        having = reward.isfinite().sum(dim=0)
-        first, second = order[0], order.gather(0, (having - 1).clamp(min=1).unsqueeze(0))[0]
-        reward_winner, reward_loser = branch.scored.reward[first], branch.scored.reward[second]
-        present = having >= (count if self.objective == "plackett_luce" else 2)
-        tie = present & (reward_winner == reward_loser)
-
-        gaussian = branch.step.detach().gaussian
-        moved = move_pair(self.guidance, policy, branch, trajectories, first, second, score=score)
-        noises = branch.noises.flatten(0, 1)
-        noise_winner = noises[first] + moved.push / gaussian.std
-        noise_loser = noises[second] + moved.push_loser / gaussian.std
-        noise_difference = noise_winner - noise_loser
-        gap, push = reward_winner - reward_loser, length(moved.push) / gaussian.std
-        tau = temperature(self.tau, reward, scales=trajectories.gaps, k=k)
-        smoothing = self._smoothing(int(policy.schedule.time[k]))
-
-        reference = policy.reference_step(branch.latents, branch.k, trajectories.cond)
-        next_latents, next_step = moved.latents, moved.step
-        if self.continue_from != "winner":
-            chosen = second
-            if self.continue_from == "random":
-                draws = [noise.integer(count, *key, "step", k, "continue") for key in trajectories.keys]
-                chosen = torch.tensor(draws, device=rows.device) * batch + rows
-            scored = branch.scored
-            next_latents, next_step = scored.latents[chosen], scored.step.rows(chosen) if scored.step else None
-        extra = branch.scored.comparison.figures(first, second)
-        if self.guidance is not None:
-            extra |= {"guidance_size": push, "guidance_accepted": moved.accepted.float()}
-        if count > 2:  # of all of them, not of the two ends
-            extra |= {"reward_mean": reward.mean(dim=0)}
-        if self.tau == "auto" and tau is not None:
-            extra |= {"tau": tau}
-        pair = Pair(
-            k=k,
-            prompts=trajectories.prompts,
-            latents=branch.latents,
-            cond=trajectories.cond,
-            noise_difference=noise_difference,
-            probability=pair_probability(gap + moved.gain, tau=tau, smoothing=smoothing),
-            valid=present & (~tie | (self.labels == "soft")),
-            tie=tie,
-            present=present,
-            reward_winner=reward_winner,
-            reward_loser=reward_loser,
-            gap=gap,
-            logit=gaussian.pair_logit(noise_difference, reference),
-            kl=gaussian.kl(reference),
-            log_ratio_winner=gaussian.log_ratio(gaussian.sample(noise_winner), reference),
-            log_ratio_loser=gaussian.log_ratio(gaussian.sample(noise_loser), reference),
-            push=push,
-            extra=extra,
-            pictures_winner=branch.scored.pictures[first],
-            pictures_loser=branch.scored.pictures[second],
-            step=branch.step if self.update == "inline" else None,
-            reference=reference,
-            next_latents=next_latents,
-            next_step=next_step,
-        )
-        if self.objective == "plackett_luce":
-            placed = torch.cat([noise_winner.unsqueeze(0), noises[order[1:-1]], noise_loser.unsqueeze(0)])
-            ranked = branch.scored.reward[order]
-            ranked[0] += moved.gain
-            targets = stage_targets(ranked.T, tau=tau, smoothing=smoothing)
-            return Group(**vars(pair), noise_differences=placed[:-1] - placed[-1], targets=targets)
-        if self.safeguard:
-            winner, loser = gaussian.sample(noise_winner), gaussian.sample(noise_loser)
-            pair.extra["safeguarded"] = (loser_scale(gaussian, winner, loser) < 1).float()
-            return CandidatePair(**vars(pair), winner=winner, loser=loser)
-        return pair
-
-    def _smoothing(self, time: int) -> float:
-        """The chance of a wrong order at a time of the network."""
-        if self.label_smoothing == "auto":
-            return misrank_at(self.misranks or "", time)
-        return self.label_smoothing
+            return dpo(guarded(*candidate_log_ratios(pair, gaussian), scale), beta=beta)
+        logit = logit_of(policy, pair, gaussian)
+        if self.objective == "ipo":
+            return ipo(logit / weight, beta=self.beta, probability=pair.probability)
+        if self.labels == "soft" or self.label_smoothing:
+            return soft_dpo(logit, beta=beta, probability=pair.probability)
+        return dpo(logit, beta=beta)

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from tailorpo.algorithms.d3po import D3PO, ChainPair
+from tailorpo.algorithms.pairs import Pair
 from tailorpo.algorithms.tailorpo import TailorPO
 from tailorpo.experiments.measurement import Lines, Settings, base_policy, described
 from tailorpo.experiments.plots import COLOURS, pyplot
@@ -131,7 +132,7 @@ def _siblings(
     way = start_trajectories(policy, [prompt], noise=noise, keys=keys)
     found: list[dict[str, Any]] = []
     for pair in method.collect(policy, way, trained=range(steps), score=score, noise=noise):
-        if not bool(pair.valid.all()):
+        if not isinstance(pair, Pair) or not bool(pair.valid.all()):
             continue
         noises = [step_noise(noise, way, pair.k, "candidate", j, like=pair.latents) for j in (0, 1)]
         if not torch.equal(noises[0] - noises[1], pair.noise_difference):  # candidate 1 won

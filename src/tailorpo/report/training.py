@@ -23,7 +23,18 @@ def training_charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
             note="share of pairs in which the model, against the reference, prefers the winner",
             rule=(0.5, "chance"),
         ),
-        line_chart(rows, [Series("kl", "KL")], title="KL to the base model", note="nats per trajectory, trained steps"),
+        line_chart(
+            rows,
+            [Series("kl", "trained steps"), Series("kl_trajectory", "all steps", "muted")],
+            title="KL to the reference",
+            note="nats per trajectory; that of all steps is to the base model, measured on few trajectories",
+        ),
+        line_chart(
+            rows,
+            [Series("beta", "beta"), Series("kl_penalty", "penalty", "muted")],
+            title="What holds the KL target",
+            note="beta with soft labels, the price of a nat with hard ones",
+        ),
         line_chart(rows, [Series("loss", "loss")], title="Loss", rule=log2),
         line_chart(
             rows,
