@@ -217,7 +217,7 @@ def rollout_branches(
             )
     cond, prompts = trajectories.cond, trajectories.prompts
     step: PolicyStep | None = None
-    for k in range(policy.schedule.steps if finish else max(*trained, *graph_between) + 1):
+    for k in range(policy.schedule.steps if finish else max([*trained, *graph_between]) + 1):
         x = trajectories.latents
         branching = k in trained
         with_graph = graph and (branching or k in graph_between)

@@ -94,7 +94,7 @@ def _kl_problems(algorithm: TailorPO, steps: int) -> list[str]:
         found.append("algorithm.kl_target needs the KL of all steps: set algorithm.kl_measured to 1 or more")
     if algorithm.kl_target is not None and not algorithm.finish:
         found.append(
-            "algorithm.kl_target needs the KL of all steps, also after the last trained one: set algorithm.finish to true"
+            "algorithm.kl_target needs the KL of all steps, also after the last trained: set algorithm.finish to true"
         )
     if algorithm.kl_target is not None and algorithm.reference != "base":
         found.append(

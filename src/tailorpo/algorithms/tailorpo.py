@@ -214,7 +214,7 @@ class TailorPO:
         ends = self.finish or steps - 1 in trained
         forwards, input_gradients, pictures, finished, known = 0, 0, 0, int(ends), False
         penalised = self.penalised_between(steps, trained)
-        for k in range(steps if self.finish else max(*trained, *penalised) + 1):
+        for k in range(steps if self.finish else max([*trained, *penalised]) + 1):
             branching = k in trained
             # The walk's own evaluation; a graph for the loss needs a new one even where a score left one without.
             forwards += not known or (inline and (branching or k in penalised))
