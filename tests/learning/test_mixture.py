@@ -45,7 +45,7 @@ def align(model: GaussianMixture, algorithm: TailorPO, *, updates: int, lr: floa
     [
         {},
         {"continue_from": "random"},
-        {"guidance": SigmaGuidance(k=0.5)},
+        {"guidance": SigmaGuidance(k=0.5, symmetric=True)},
         {"candidates": 4},
         {"candidates": 4, "objective": "plackett_luce", "continue_from": "random"},
     ],

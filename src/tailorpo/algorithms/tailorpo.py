@@ -20,7 +20,7 @@ the list's own likelihood stands.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tailorpo.algorithms.base import Cost, Gather, Update, alone, check_counts, common_problems
 from tailorpo.algorithms.groups import Group, StoredGroups, group_scores
-from tailorpo.algorithms.guided import move_winner
+from tailorpo.algorithms.guided import move_pair
 from tailorpo.algorithms.labels import label_problems, pair_probability, stage_targets, temperature
 from tailorpo.algorithms.misranks import misrank_at
 from tailorpo.algorithms.pairs import (
@@ -41,7 +41,7 @@ from tailorpo.algorithms.pairs import (
     pair_step,
 )
 from tailorpo.algorithms.safeguard import guarded, loser_scale
-from tailorpo.guidance import Guidance, length
+from tailorpo.guidance import Guidance, SigmaGuidance, length
 from tailorpo.noise import Noise
 from tailorpo.objectives import dpo, ipo, plackett_luce, soft_dpo
 from tailorpo.policy import Policy
@@ -85,6 +85,8 @@ class TailorPO:
         safeguard: scale the loser's part of the gradient so that the winner's likelihood does not fall to first order;
             for dpo with hard labels.
         continue_from: which candidate the trajectory goes on from.
+        finish: walk on to the picture after the last trained step. Only the log's `reward_final` needs it; without it
+            every trajectory saves the evaluations after that step, one decode and one reward query.
         guidance: moves the winner before training (TailorPO-G); null for none.
         update: "inline": the sampling forward's graph serves the loss, one optimizer step per update; "buffered":
             pairs are collected first and trained in shuffled minibatches.
@@ -106,6 +108,7 @@ class TailorPO:
     misranks: str | None = None
     safeguard: bool = False
     continue_from: Literal["winner", "random", "loser"] = "winner"
+    finish: bool = True
     guidance: Guidance | None = None
     update: Update = "inline"
     inner_epochs: int = 1
@@ -164,7 +167,25 @@ class TailorPO:
                 "algorithm.guidance (TailorPO-G) needs the gradient of the reward, and this reward is not"
                 " differentiable; use guidance: null (TailorPO) or a differentiable reward"
             )
+        if self.objective == "plackett_luce" and isinstance(self.guidance, SigmaGuidance) and self.guidance.symmetric:
+            found.append(
+                "algorithm.guidance.symmetric moves the two of a pair, and a list has more: set algorithm.objective to"
+                " dpo or ipo, or symmetric to false"
+            )
+        if isinstance(self.guidance, SigmaGuidance) and self.guidance.corrected_beta and self.labels == "soft":
+            found.append(
+                "algorithm.guidance.corrected_beta is for hard labels: soft ones grow with the push themselves, and"
+                " their optimum lies where it did; set labels to hard or corrected_beta to false"
+            )
         return found
+
+    def at(self, update: int) -> TailorPO:
+        """The same with the guidance of an update, 0-based, and the beta that belongs to it."""
+        if not isinstance(self.guidance, SigmaGuidance):
+            return self
+        guidance = self.guidance.at(update)
+        beta = self.beta / guidance.gain if guidance.corrected_beta else self.beta
+        return replace(self, guidance=guidance, beta=beta)
 
     def trained_steps(self, steps: int, *, noise: Noise, update: int) -> tuple[int, ...]:
         """The trained steps of one update, ascending."""
@@ -184,7 +205,7 @@ class TailorPO:
         guidance, inline = self.guidance, self.update == "inline"
         rescored = guidance is not None and guidance.accept_reject
         forwards, input_gradients, known = 0, 0, False
-        for k in range(steps):
+        for k in range(steps if self.finish else max(trained) + 1):
             branching = k in trained
             # The walk's own evaluation; a graph for the loss needs a new one even where a score left one without.
             forwards += not known or (inline and branching)
@@ -200,7 +221,7 @@ class TailorPO:
             forwards=forwards + (0 if inline else epochs * len(trained)),
             backwards=epochs * len(trained),
             input_gradients=input_gradients,
-            reward_queries=len(trained) * (self.candidates + rescored) + 1,
+            reward_queries=len(trained) * (self.candidates + rescored) + (self.finish or steps - 1 in trained),
             references=len(trained),
             picture_gradients=0 if guidance is None else self.candidates * len(trained),
             scored_rows=self.candidates,
@@ -235,6 +256,7 @@ class TailorPO:
             decide=decide,
             graph=self.update == "inline",
             gradient="none" if self.guidance is None else self.guidance.jacobian,
+            finish=self.finish,
             on_step=on_step,
         )
 
@@ -282,9 +304,10 @@ class TailorPO:
         tie = present & (reward_winner == reward_loser)
 
         gaussian = branch.step.detach().gaussian
-        moved = move_winner(self.guidance, policy, branch, trajectories, first, score=score)
+        moved = move_pair(self.guidance, policy, branch, trajectories, first, second, score=score)
         noises = branch.noises.flatten(0, 1)
-        noise_winner, noise_loser = noises[first] + moved.push / gaussian.std, noises[second]
+        noise_winner = noises[first] + moved.push / gaussian.std
+        noise_loser = noises[second] + moved.push_loser / gaussian.std
         noise_difference = noise_winner - noise_loser
         gap, push = reward_winner - reward_loser, length(moved.push) / gaussian.std
         tau = temperature(self.tau, reward, scales=trajectories.gaps, k=k)
