@@ -287,6 +287,10 @@ def test_measured_misranking_smooths_the_labels_of_its_step(tiny_policy: MakePol
         ({"safeguard": True, "objective": "ipo"}, "algorithm.safeguard"),
         ({"safeguard": True, "labels": "soft", "tau": 1.0}, "algorithm.safeguard"),
         ({"safeguard": True, "label_smoothing": 0.1}, "algorithm.safeguard"),
+        (
+            {"objective": "plackett_luce", "guidance": {"form": "sigma", "symmetric": True}},
+            "algorithm.guidance.symmetric moves the two of a pair",
+        ),
         ({"objective": "placket_luce"}, "did you mean `plackett_luce`?"),
     ],
 )

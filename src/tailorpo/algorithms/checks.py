@@ -65,6 +65,12 @@ def setting_problems(algorithm: TailorPO, *, steps: int, differentiable: bool) -
             "algorithm.guidance follows the gradient of the predicted picture's reward, and algorithm.step_reward"
             " ranks by another number; use step_reward: predicted, or guidance: null"
         )
+    symmetric = isinstance(algorithm.guidance, SigmaGuidance) and algorithm.guidance.symmetric
+    if symmetric and algorithm.objective == "plackett_luce":
+        found.append(
+            "algorithm.guidance.symmetric moves the two of a pair, and a list has more: set algorithm.objective to"
+            " dpo or ipo, or symmetric to false"
+        )
     if (
         isinstance(algorithm.guidance, SigmaGuidance)
         and algorithm.guidance.corrected_beta

@@ -101,7 +101,7 @@ def rank(
         keep_reference=algorithm.kl_penalty > 0,
     )
     if algorithm.objective == "plackett_luce":
-        placed = torch.cat([noise_winner.unsqueeze(0), noises[order[1:-1]], noise_loser.unsqueeze(0)])
+        placed = torch.cat([noise_winner.unsqueeze(0), noises[order[1:]]])
         ranked = branch.scored.reward[order]
         ranked[0] += moved.gain
         targets = stage_targets(ranked.T, tau=tau, smoothing=smoothing)
