@@ -56,7 +56,7 @@ def first(pictures: Tensor, prompts: Any) -> Tensor:
 
 
 def test_looking_ahead_through_all_that_is_left_is_ddim_without_noise(tiny_policy: MakePolicy) -> None:
-    policy, plain = tiny_policy(steps=6, moved=0.05), tiny_policy(steps=6, moved=0.05, eta=0.0)
+    policy, plain = (tiny_policy(steps=6, moved=0.05, eta=eta) for eta in (1.0, 0.0))
     cond = policy.model.encode(PROMPTS)
     for k in (1, 3, 5):
         x = start = Noise(2).normals(policy.model.latent_shape, [("a",), ("b",)])
