@@ -34,6 +34,7 @@ class Trajectories:
         cond: the same, encoded.
         keys: the noise stream of each trajectory; nothing else decides what it draws.
         latents: the current x_k, (B, C, h, w) float32.
+        finished: whether `latents` are those of pictures: a rollout may end with its last trained step.
         reward: of the finished pictures, (B,), where a method has scored them; NaN where it finished none.
         members: the same of each member of an ensemble, by name.
         measured: of how many trajectories, the first ones, the KL to the base model is wanted at every step.
@@ -44,6 +45,7 @@ class Trajectories:
     cond: Conditioning
     keys: Sequence[tuple[Key, ...]]
     latents: Tensor
+    finished: bool = False
     reward: Tensor | None = None
     members: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     measured: int = 0
@@ -91,6 +93,7 @@ def walk_chains(
         with torch.no_grad():
             drawn = step.gaussian.sample(step_noise(noise, trajectories, k, like=x))
         trajectories.latents = drawn
+        trajectories.finished = k + 1 == policy.schedule.steps
         yield ChainStep(k, x, step, drawn)
         if on_step:
             on_step(k + 1)
@@ -176,6 +179,7 @@ def rollout_branches(
     gradient: GradientPath = "none",
     between: Callable[[ChainStep], D | None] = lambda step: None,
     graph_between: Collection[int] = (),
+    finish: bool = True,
     on_step: Callable[[int], None] | None = None,
 ) -> Iterator[D]:
     """Sample to the end, branching at the trained steps, and yield the decision at each.
@@ -193,6 +197,7 @@ def rollout_branches(
         gradient: whether the scores come with their gradient.
         between: sees each step at which the rollout does not branch; what it returns is yielded.
         graph_between: at which of these the graph is kept, too, if it is kept at all.
+        finish: walk on to the picture after the last trained step.
         on_step: called with the number of steps done.
 
     Raises:
@@ -206,7 +211,7 @@ def rollout_branches(
             )
     cond, prompts = trajectories.cond, trajectories.prompts
     step: PolicyStep | None = None
-    for k in range(policy.schedule.steps):
+    for k in range(policy.schedule.steps if finish else max(trained) + 1):
         x = trajectories.latents
         branching = k in trained
         with_graph = graph and (branching or k in graph_between)
@@ -229,11 +234,12 @@ def rollout_branches(
             )
             decision = decide(Branch(k, x, step, noises, scored))
             trajectories.latents, step = decision.next_latents, decision.next_step
+            trajectories.finished = k + 1 == policy.schedule.steps
             yield decision
             del decision
         else:
             drawn = step.detach().gaussian.sample(step_noise(noise, trajectories, k, like=x))
-            trajectories.latents = drawn
+            trajectories.latents, trajectories.finished = drawn, k + 1 == policy.schedule.steps
             seen = between(ChainStep(k, x, step, drawn))
             step = None
             if seen is not None:

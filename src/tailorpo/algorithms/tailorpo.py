@@ -13,10 +13,7 @@ beta is in nats of the sum over dimensions. The paper leaves open: beta, which s
 updated, and whether the walk goes on from the guided winner. Here: every choice is a field, the update comes after all
 trajectories of a batch, and the walk goes on from the guided winner, whose evaluation the next step needs anyway.
 
-Beyond the paper, off by default (docs/kl.md): a KL penalty and a trust region at the step, a KL target that a
-controller holds (`control`), and references that move.
-
-    loss = (L where KL_k <= kl_mask, otherwise 0) + kl_penalty KL_k
+Beyond the paper, off by default: a KL penalty, a trust region, a KL target, moving references (docs/kl.md).
 
 Left out: the ratio clamp of D3PO's and SPO's code (see `objectives`), and more than two candidates.
 """
@@ -24,17 +21,17 @@ Left out: the ratio clamp of D3PO's and SPO's code (see `objectives`), and more 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tailorpo.algorithms.base import Cost, Gather, Update, alone, check_counts, common_problems
-from tailorpo.algorithms.guided import move_winner
+from tailorpo.algorithms.guided import move_pair
 from tailorpo.algorithms.kl_step import KLStep, StoredKLStep, note_kl, see_step, step_kl
 from tailorpo.algorithms.pairs import Pair, StoredPairs, logit_of, pair_step
-from tailorpo.guidance import Guidance, length
+from tailorpo.guidance import Guidance, SigmaGuidance, length
 from tailorpo.moving_reference import MovingReference
 from tailorpo.noise import Noise
 from tailorpo.objectives import dpo, soft_dpo
@@ -68,6 +65,8 @@ class TailorPO:
         labels: "hard" as in the paper, or "soft": the winner is better with probability sigmoid(gap / tau).
         tau: label temperature in units of the reward, the same for all steps; needed for soft labels.
         continue_from: which candidate the trajectory goes on from.
+        finish: walk on to the picture after the last trained step. Only the log's `reward_final` needs it; without it
+            every trajectory saves the evaluations after that step, one decode and one reward query.
         guidance: moves the winner before training (TailorPO-G); null for none.
         update: "inline": the sampling forward's graph serves the loss, one optimizer step per update; "buffered":
             pairs are collected first and trained in shuffled minibatches.
@@ -96,6 +95,7 @@ class TailorPO:
     labels: Literal["hard", "soft"] = "hard"
     tau: float | None = None
     continue_from: Literal["winner", "random", "loser"] = "winner"
+    finish: bool = True
     guidance: Guidance | None = None
     update: Update = "inline"
     inner_epochs: int = 1
@@ -166,6 +166,11 @@ class TailorPO:
                 "algorithm.guidance (TailorPO-G) needs the gradient of the reward, and this reward is not"
                 " differentiable; use guidance: null (TailorPO) or a differentiable reward"
             )
+        if isinstance(self.guidance, SigmaGuidance) and self.guidance.corrected_beta and self.labels == "soft":
+            found.append(
+                "algorithm.guidance.corrected_beta is for hard labels: soft ones grow with the push themselves, and"
+                " their optimum lies where it did; set labels to hard or corrected_beta to false"
+            )
         return found
 
     def _kl_problems(self, steps: int) -> list[str]:
@@ -178,6 +183,8 @@ class TailorPO:
             found.append("algorithm.beta: auto needs algorithm.kl_target, the nats of a trajectory it is computed for")
         if self.kl_target is not None and self.kl_measured == 0:
             found.append("algorithm.kl_target needs the KL of all steps: set algorithm.kl_measured to 1 or more")
+        if self.kl_target is not None and not self.finish:
+            found.append("algorithm.kl_target needs the KL of all steps: set algorithm.finish to true")
         if self.kl_target is not None and self.reference != "base":
             found.append(
                 "algorithm.kl_target holds the KL to the base model, which a moving reference lets go of; leave one of"
@@ -194,7 +201,17 @@ class TailorPO:
     def penalised_between(self, steps: int, trained: Sequence[int]) -> tuple[int, ...]:
         """The untrained steps whose KL is penalised, ascending."""
         last = range(max(steps - 2, 0), steps) if self.controlled == "kl_penalty" else ()
-        return tuple(sorted({*(last if self.kl_steps is None else self.kl_steps)} - {*trained}))
+        walked = steps if self.finish else max(trained) + 1
+        wanted = {*(last if self.kl_steps is None else self.kl_steps)} - {*trained}
+        return tuple(k for k in sorted(wanted) if k < walked)
+
+    def at(self, update: int) -> TailorPO:
+        """The same with the guidance of an update, 0-based, and the beta that belongs to it."""
+        if not isinstance(self.guidance, SigmaGuidance):
+            return self
+        guidance = self.guidance.at(update)
+        beta = self._number(self.beta) / guidance.gain if guidance.corrected_beta else self.beta
+        return replace(self, guidance=guidance, beta=beta)
 
     def trained_steps(self, steps: int, *, noise: Noise, update: int) -> tuple[int, ...]:
         """The trained steps of one update, ascending."""
@@ -215,7 +232,7 @@ class TailorPO:
         rescored = guidance is not None and guidance.accept_reject
         forwards, input_gradients, known = 0, 0, False
         penalised = self.penalised_between(steps, trained)
-        for k in range(steps):
+        for k in range(steps if self.finish else max(trained) + 1):
             branching = k in trained
             # The walk's own evaluation; a graph for the loss needs a new one even where a score left one without.
             forwards += not known or (inline and (branching or k in penalised))
@@ -232,7 +249,7 @@ class TailorPO:
             forwards=forwards + (0 if inline else epochs * samples),
             backwards=epochs * samples,
             input_gradients=input_gradients,
-            reward_queries=len(trained) * (2 + rescored) + 1,
+            reward_queries=len(trained) * (2 + rescored) + (self.finish or steps - 1 in trained),
             references=samples,
             picture_gradients=0 if guidance is None else 2 * len(trained),
             scored_rows=2,
@@ -256,10 +273,11 @@ class TailorPO:
         """
 
         penalised = self.penalised_between(policy.schedule.steps, trained)
+        measured = self.kl_measured > 0 and self.finish  # a part of a trajectory has no KL to log
 
         def decide(branch: Branch) -> Pair | KLStep:
             pair = self._rank(policy, branch, trajectories, score=score, noise=noise)
-            if self.kl_measured:
+            if measured:
                 note_kl(policy, trajectories, branch.k, branch.latents, branch.step, known=pair.kl)
             return pair
 
@@ -269,7 +287,7 @@ class TailorPO:
                 trajectories,
                 walked,
                 penalised=walked.k in penalised,
-                measured=self.kl_measured > 0,
+                measured=measured,
                 graph=self.update == "inline",
             )
 
@@ -285,6 +303,7 @@ class TailorPO:
             gradient="none" if self.guidance is None else self.guidance.jacobian,
             between=between,
             graph_between=penalised,
+            finish=self.finish,
             on_step=on_step,
         )
 
@@ -334,9 +353,10 @@ class TailorPO:
 
         gaussian = branch.step.detach().gaussian
         reference = policy.reference_step(branch.latents, branch.k, trajectories.cond)
-        moved = move_winner(self.guidance, policy, branch, trajectories, first, score=score)
+        moved = move_pair(self.guidance, policy, branch, trajectories, first, second, score=score)
         noises = branch.noises.flatten(0, 1)
-        noise_winner, noise_loser = noises[first] + moved.push / gaussian.std, noises[second]
+        noise_winner = noises[first] + moved.push / gaussian.std
+        noise_loser = noises[second] + moved.push_loser / gaussian.std
         noise_difference = noise_winner - noise_loser
         gap, push = reward_winner - reward_loser, length(moved.push) / gaussian.std
         kl = gaussian.kl(reference)
