@@ -47,7 +47,7 @@ from tailorpo.policy import Policy
 Memory = dict[str, list[float]]
 GAIN, CLIP, DEADBAND = 0.2, 0.5, 0.1
 """For beta: g, and the largest and the smallest |log(KL / target)| that are answered."""
-PROPORTIONAL, AHEAD, PROPORTIONAL_CLIP, LARGEST_CHANGE = 2.0, 2.0, 1.5, 0.3
+PROPORTIONAL, AHEAD, PROPORTIONAL_CLIP, LARGEST_CHANGE = 1.0, 2.0, 1.5, 0.3
 """For the penalty: p, d, c, and the largest |de| that is believed."""
 INTEGRAL_GAIN, INTEGRAL_CLIP = 0.1, 1.0
 """For the penalty: i, and the largest |e| that its integral answers to."""

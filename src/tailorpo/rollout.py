@@ -200,7 +200,7 @@ def rollout_branches(
         graph: keep the graph of the step from x_k, so that a loss can use it; the graph lives until the consumer of
             the yielded decision lets go of it, so memory does not grow with the number of steps.
         gradient: whether the scores come with their gradient.
-        finish: walk on to the picture after the last step that is trained or whose graph is kept.
+        finish: walk on to the picture after the last trained step.
         step_reward: what the candidates are scored by.
         between: sees each step at which the rollout does not branch; what it returns is yielded.
         graph_between: at which of these the graph is kept, too, if it is kept at all.
@@ -217,7 +217,7 @@ def rollout_branches(
             )
     cond, prompts = trajectories.cond, trajectories.prompts
     step: PolicyStep | None = None
-    for k in range(policy.schedule.steps if finish else max([*trained, *graph_between]) + 1):
+    for k in range(policy.schedule.steps if finish else max(trained) + 1):
         x = trajectories.latents
         branching = k in trained
         with_graph = graph and (branching or k in graph_between)

@@ -114,7 +114,7 @@ def test_two_processes_train_as_one_does(tiny_folder: Path, tmp_path: Path, meth
         for kind in ("parameter/", "optimizer/exp_avg/"):
             names = [name for name in mine if name.startswith(kind)]
             moved = norm(mine[name] for name in names if ".lora_B." in name)  # which started at zero
-            # A penalty that goes with the square of the KL so far shows the rounding of that, too.
+            # A penalty that goes with the KL so far shows the rounding of that, too.
             assert norm(mine[name] - first_rank[name] for name in names) < (1e-4 if controlled else 1e-5) * moved
 
 

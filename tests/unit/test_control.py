@@ -123,7 +123,7 @@ def test_the_factor_of_an_alarm_acts_on_beta_and_on_the_target() -> None:
     # At twice the beta KL is a quarter, so a quarter is what the controller holds then.
     on_target = used(HARD, {"beta_factor": [2.0], "kl_mean": [12.5]}).kl_penalty
     above = used(HARD, {"beta_factor": [2.0], "kl_mean": [25.0]}).kl_penalty
-    assert above == pytest.approx(4 * on_target)
+    assert above == pytest.approx(2 * on_target)
 
 
 def test_beta_by_gaps_by_hand(policy: Policy) -> None:

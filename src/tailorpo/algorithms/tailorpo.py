@@ -190,7 +190,9 @@ class TailorPO:
     def penalised_between(self, steps: int, trained: Sequence[int]) -> tuple[int, ...]:
         """The untrained steps whose KL is penalised, ascending."""
         last = range(max(steps - 2, 0), steps) if self.controlled == "kl_penalty" else ()
-        return tuple(sorted({*(last if self.kl_steps is None else self.kl_steps)} - {*trained}))
+        walked = steps if self.finish else max(trained) + 1
+        wanted = {*(last if self.kl_steps is None else self.kl_steps)} - {*trained}
+        return tuple(k for k in sorted(wanted) if k < walked)
 
     def trained_steps(self, steps: int, *, noise: Noise, update: int) -> tuple[int, ...]:
         """The trained steps of one update, ascending."""
@@ -214,7 +216,7 @@ class TailorPO:
         ends = self.finish or steps - 1 in trained
         forwards, input_gradients, pictures, finished, known = 0, 0, 0, int(ends), False
         penalised = self.penalised_between(steps, trained)
-        for k in range(steps if self.finish else max([*trained, *penalised]) + 1):
+        for k in range(steps if self.finish else max(trained) + 1):
             branching = k in trained
             # The walk's own evaluation; a graph for the loss needs a new one even where a score left one without.
             forwards += not known or (inline and (branching or k in penalised))
@@ -264,10 +266,11 @@ class TailorPO:
         """
 
         penalised = self.penalised_between(policy.schedule.steps, trained)
+        measured = self.kl_measured > 0 and self.finish  # a part of a trajectory has no KL to log
 
         def decide(branch: Branch) -> Pair | KLStep:
             pair = rank(self, policy, branch, trajectories, score=score, noise=noise)
-            if self.kl_measured and self.finish:
+            if measured:
                 note_kl(policy, trajectories, branch.k, branch.latents, branch.step, known=pair.kl)
             return pair
 
@@ -277,7 +280,7 @@ class TailorPO:
                 trajectories,
                 walked,
                 penalised=walked.k in penalised,
-                measured=self.kl_measured > 0 and self.finish,
+                measured=measured,
                 graph=self.update == "inline",
             )
 
