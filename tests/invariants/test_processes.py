@@ -99,11 +99,11 @@ def test_two_processes_train_as_one_does(tiny_folder: Path, tmp_path: Path, meth
     summed = {".loss", ".grad_norm"}
     assert {name for name in ours_first if ours_first[name] != theirs_first[name]} <= summed
     # Gaps that an ensemble divides by their scale, which is tiny here, show the rounding of pictures larger.
-    rel = 1e-3 if method == "ensemble" else 1e-4
+    rel = 1e-3 if method in ("ensemble", "kl target") else 1e-4
     for mine, other in zip(a, b, strict=True):
         for name, value in flat(mine).items():
             if name in summed:
-                assert flat(other)[name] == pytest.approx(value, rel=1e-5), name
+                assert flat(other)[name] == pytest.approx(value, rel=1e-4 if controlled else 1e-5), name
             else:
                 assert flat(other)[name] == pytest.approx(value, rel=rel, abs=2e-5), name
 
@@ -114,7 +114,7 @@ def test_two_processes_train_as_one_does(tiny_folder: Path, tmp_path: Path, meth
         for kind in ("parameter/", "optimizer/exp_avg/"):
             names = [name for name in mine if name.startswith(kind)]
             moved = norm(mine[name] for name in names if ".lora_B." in name)  # which started at zero
-            # A penalty that goes with the KL so far shows the rounding of that, too.
+            # A penalty's gradient goes with how far the policy has moved, so it repeats the rounding of that.
             assert norm(mine[name] - first_rank[name] for name in names) < (1e-4 if controlled else 1e-5) * moved
 
 
