@@ -172,7 +172,7 @@ def test_what_cannot_be_is_said() -> None:
         Anneal(to=1, over=0)
     soft = TailorPO(labels="soft", tau=1.0, guidance=SigmaGuidance(corrected_beta=True))
     (problem,) = soft.problems(sampler=DDIM(), differentiable=True, trainable=True)
-    assert "corrected_beta is for hard labels" in problem
+    assert "corrected_beta is for dpo with hard labels" in problem
 
 
 def test_the_worth_that_the_experiment_finds_in_a_linear_world_is_that_of_theory() -> None:
