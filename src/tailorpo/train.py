@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +24,13 @@ from torch import Tensor
 from tailorpo._distributed import ALONE, Processes, pick_device
 from tailorpo.algorithms.base import Algorithm, Stored
 from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
-from tailorpo.checkpoint import load_latest_checkpoint, save_checkpoint
+from tailorpo.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    load_latest_checkpoint,
+    remove_checkpoints,
+    save_checkpoint,
+)
 from tailorpo.errors import ProcessError, UserError
 from tailorpo.metrics import UpdateMetrics
 from tailorpo.models import DiffusionModel
@@ -36,6 +43,7 @@ from tailorpo.rewards import EnsembleScorer, Scorer, load_scorer
 from tailorpo.rollout import Trajectories, start_trajectories
 from tailorpo.run import Run
 from tailorpo.rundir import RunDirectory
+from tailorpo.sentinels.watch import Ended, Watch, open_watch, tied
 from tailorpo.tracking import open_trackers
 from tailorpo.trained import export
 
@@ -87,25 +95,41 @@ def train(run: Run, directory: RunDirectory, *, reporter: Reporter, processes: P
         if isinstance(run.algorithm, DiffusionDPO):
             reporter.phase("encoding the pairs")
             run.algorithm.load(policy.model, on_picture=reporter.step)
+        watch = open_watch(run, policy, score, processes)
     learner = Learner(policy.model.trainable(), run.optimizer, processes)
     session = Session(
-        run, policy, score=score, learner=learner, directory=directory, reporter=reporter, processes=processes
+        run,
+        policy,
+        score=score,
+        learner=learner,
+        directory=directory,
+        reporter=reporter,
+        processes=processes,
+        watch=watch,
     )
     finished = session.restore()
+    if watch is not None and watch.over:
+        reporter.note("the sentinels have ended this run; `tailorpo resume RUN sentinels.on_alarm=warn` trains on")
+        return policy.model
     with processes.together():
         trackers = open_trackers(run, directory if processes.main else None)
         if processes.main:
             directory.truncate_metrics(finished)
+    session.begin_watch()
     reporter.phase("training")
     try:
         for update in range(finished, run.updates):
             started = time.perf_counter()
             metrics = session.update(update)
             metrics["seconds"] = time.perf_counter() - started
+            ended = session.look(update + 1, metrics)
             if processes.main:
                 directory.append_metrics(metrics)
             trackers.log(metrics, step=update + 1)
             reporter.update(metrics)
+            if ended is not None:
+                session.end(ended)
+                break
             if (update + 1) % run.checkpoint_every == 0 or update + 1 == run.updates:
                 session.save(update + 1)
     finally:
@@ -126,21 +150,27 @@ class Session:
         directory: RunDirectory,
         reporter: Reporter,
         processes: Processes = ALONE,
+        watch: Watch | None = None,
     ) -> None:
         self.run = run
-        self.algorithm: Algorithm = run.algorithm
         self.policy = policy
         self.score = score
         self.learner = learner
         self.directory = directory
         self.reporter = reporter
         self.processes = processes
+        self.watch = watch
         self.noise = Noise(run.seed)
         self.memory: dict[str, list[float]] = {}
         self.prompts = load_prompts(run.prompts)
         self._firsts = processes.share(range(0, run.batch.trajectories, run.batch.micro))
         self._galleries = gallery_updates(run.updates)
         self.scales = score.scales if isinstance(score, EnsembleScorer) else None
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """The run's, tied to the reference as strongly as the sentinels have come to ask."""
+        return tied(self.run.algorithm, self.memory)
 
     def update(self, update: int) -> dict[str, Any]:
         """Collect the samples of one batch of trajectories, train on them, and return what there is to log."""
@@ -240,6 +270,12 @@ class Session:
                 f"the processes hold different parameters after update {update}, so nothing was saved of it; do they"
                 " run on unequal devices or versions? Go on from the last checkpoint with `tailorpo resume`"
             )
+        self._write(self.directory.checkpoints, update)
+        if self.processes.main:
+            export(self.policy.model, self.run, self.directory, updates=update)
+
+    def _write(self, folder: Path, update: int) -> None:
+        """A checkpoint into `folder`, by the main process."""
         state: dict[str, Any] = {
             "steps": self.learner.steps,
             "evaluations": self.processes.total(self.policy.evaluations),
@@ -249,11 +285,48 @@ class Session:
         if self.scales is not None:
             self.scales.settle(self.processes.gather)
             state["gap_scales"] = self.scales.running
+        if self.watch is not None:
+            state["sentinels"] = self.watch.state
         if self.processes.main:
-            save_checkpoint(
-                self.directory.path / "checkpoints", update=update, tensors=self.learner.tensors(), state=state
-            )
-            export(self.policy.model, self.run, self.directory, updates=update)
+            save_checkpoint(folder, update=update, tensors=self.learner.tensors(), state=state)
+
+    def begin_watch(self) -> None:
+        """Let the sentinels see the base model, the first time a run gets here."""
+        if self.watch is not None and self.watch.memory.base is None:
+            self.reporter.phase("sentinels: the base model")
+            self.watch.begin(self.reporter.step)
+            self._keep(0)
+
+    def look(self, update: int, metrics: dict[str, Any]) -> Ended | None:
+        """Let the sentinels look after `update` updates, if it is time, and put what they say into the update's row;
+        returns how they end the training, if they do."""
+        watch = self.watch
+        if watch is None or not watch.due(update):
+            return None
+        metrics["sentinel"] = watch.look(update, self.memory, self.reporter.step)
+        self._keep(update)
+        return watch.memory.ended
+
+    def _keep(self, update: int) -> None:
+        """Keep what a rollback would go back to, where pruning does not reach it."""
+        if self.watch is not None and self.watch.config.on_alarm == "rollback" and self.watch.is_best:
+            self._write(self.directory.best, update)
+
+    def end(self, ended: Ended) -> None:
+        """The last checkpoint of a training that the sentinels end, and the weights that are kept."""
+        kept = ended["update"]
+        if "restored" in ended:
+            kept, folder = ended["restored"], self.directory.best
+            with self.processes.together():
+                best = load_checkpoint(folder, kept) if self.processes.main else None
+            best = self.processes.broadcast(best)
+            assert best is not None
+            self._take(best)
+            assert self.watch is not None
+            self.watch.memory.ended = ended
+            if self.processes.main:
+                remove_checkpoints(self.directory.checkpoints, after=kept)
+        self.save(kept)
 
     def restore(self) -> int:
         """Load the latest sound checkpoint, if there is one, and return how many updates it has behind it.
@@ -266,16 +339,23 @@ class Session:
         checkpoint = self.processes.broadcast(checkpoint)
         if checkpoint is None:
             return 0
+        self._take(checkpoint)
+        if self.processes.main:
+            # A kill between a checkpoint and its export leaves the export of the checkpoint before.
+            export(self.policy.model, self.run, self.directory, updates=checkpoint.update)
+        return checkpoint.update
+
+    def _take(self, checkpoint: Checkpoint) -> None:
+        """Go on from what a checkpoint holds."""
         self.learner.load_tensors(checkpoint.tensors, steps=int(checkpoint.state["steps"]))
         self.memory = dict(checkpoint.state["memory"])
         if self.scales is not None:
             self.scales.running = dict(checkpoint.state["gap_scales"])
-        if self.processes.main:  # what was counted so far goes on one account; sums over the processes stay right
-            self.policy.evaluations = int(checkpoint.state["evaluations"])
-            self.score.queries = int(checkpoint.state["reward_queries"])
-            # A kill between a checkpoint and its export leaves the export of the checkpoint before.
-            export(self.policy.model, self.run, self.directory, updates=checkpoint.update)
-        return checkpoint.update
+        if self.watch is not None and "sentinels" in checkpoint.state:
+            self.watch.state = checkpoint.state["sentinels"]
+        # What was counted so far goes on one account; sums over the processes stay right.
+        self.policy.evaluations = int(checkpoint.state["evaluations"]) if self.processes.main else 0
+        self.score.queries = int(checkpoint.state["reward_queries"]) if self.processes.main else 0
 
     def _on_step(self, first: int) -> Callable[[int], None]:
         steps = self.policy.schedule.steps

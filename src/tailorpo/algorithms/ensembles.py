@@ -1,0 +1,50 @@
+"""What an ensemble of rewards cannot do together with a method, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tailorpo.algorithms.base import Algorithm
+from tailorpo.algorithms.d3po import D3PO
+from tailorpo.algorithms.spo import SPO
+from tailorpo.algorithms.tailorpo import TailorPO
+from tailorpo.guidance import TargetGuidance
+from tailorpo.rewards import Ensemble, RewardEntry
+
+
+def ensemble_problems(ensemble: Ensemble, rewards: Sequence[RewardEntry], algorithm: Algorithm) -> list[str]:
+    """Everything that cannot work, one line each."""
+    problems: list[str] = []
+    if len(rewards) < 2:
+        problems.append("ensemble: there is one reward and nothing to combine; list several under reward, or drop it")
+    if not all(entry.weight for entry in rewards):
+        problems.append("ensemble: a reward of weight 0 has no say; leave it out of the list")
+    if isinstance(algorithm, TailorPO):
+        guidance = algorithm.guidance
+        if guidance is not None and not ensemble.differentiable:
+            problems.append(
+                f"ensemble.rule is {ensemble.rule}, a count of votes, whose gradient is zero, and algorithm.guidance"
+                " needs one; take another rule (soft_vote has a gradient) or guidance: null"
+            )
+        if guidance is not None and guidance.accept_reject:
+            problems.append(
+                "algorithm.guidance.accept_reject asks whether one picture's reward has risen, and an ensemble knows"
+                " only which of two siblings is better; leave accept_reject or ensemble out"
+            )
+        if isinstance(guidance, TargetGuidance) and guidance.target is not None:
+            problems.append(
+                "algorithm.guidance.target is a reward to reach, and under an ensemble a picture alone has none;"
+                " use delta, or form sigma"
+            )
+    elif isinstance(algorithm, SPO):
+        if ensemble.rule == "pareto" and algorithm.candidates > 2:
+            problems.append(
+                "ensemble.rule is pareto, but the best and the worst of several candidates need not dominate one"
+                " another; use algorithm.candidates 2 or another rule"
+            )
+    elif not isinstance(algorithm, D3PO):
+        problems.append(
+            f"ensemble compares siblings, and {algorithm.name} has none to compare: leave ensemble out (rewards are"
+            " then added up by weight), or use tailorpo, spo or d3po"
+        )
+    return problems
