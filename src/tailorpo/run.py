@@ -25,7 +25,7 @@ from tailorpo.algorithms.base import Algorithm
 from tailorpo.algorithms.d3po import D3PO
 from tailorpo.algorithms.ddpo import DDPO
 from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
-from tailorpo.algorithms.ensembles import ensemble_problems
+from tailorpo.algorithms.ensembles import ensemble_problems, gate_problems
 from tailorpo.algorithms.reward_backprop import RewardBackprop
 from tailorpo.algorithms.spo import SPO
 from tailorpo.algorithms.tailorpo import TailorPO
@@ -323,6 +323,7 @@ def _impossible(values: Mapping[str, Any]) -> list[str]:
     ensemble: Ensemble | None = values.get("ensemble")
     if ensemble is not None and rewards and algorithm is not None:
         problems += ensemble_problems(ensemble, rewards, algorithm)
+    problems += gate_problems(algorithm, ensemble) if "ensemble" in values else []
     sentinels: Sentinels | None = values.get("sentinels")
     if sentinels is not None and "eval" in values:
         judge = values["eval"].judge

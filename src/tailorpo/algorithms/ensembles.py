@@ -48,3 +48,20 @@ def ensemble_problems(ensemble: Ensemble, rewards: Sequence[RewardEntry], algori
             " then added up by weight), or use tailorpo, spo or d3po"
         )
     return problems
+
+
+def gate_problems(algorithm: Algorithm | None, ensemble: Ensemble | None) -> list[str]:
+    """What `algorithm.gated_kl` lacks."""
+    if not isinstance(algorithm, TailorPO) or algorithm.gated_kl == 0:
+        return []
+    problems: list[str] = []
+    if ensemble is None:
+        problems.append(
+            "algorithm.gated_kl weighs the KL by how much the rewards of an ensemble disagree, and there is none: list"
+            " several rewards and set ensemble, or gated_kl: 0"
+        )
+    if algorithm.update != "inline":
+        problems.append(
+            "algorithm.gated_kl needs update: inline: a stored pair keeps one number of the reference, not its mean"
+        )
+    return problems

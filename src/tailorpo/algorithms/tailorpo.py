@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from tailorpo.algorithms.base import Cost, Gather, Update, alone, check_counts, common_problems
+from tailorpo.algorithms.gated import with_gated_kl
 from tailorpo.algorithms.guided import move_winner
 from tailorpo.algorithms.pairs import Pair, StoredPairs, pair_logit
 from tailorpo.guidance import Guidance, length
@@ -61,6 +62,8 @@ class TailorPO:
         tau: label temperature in units of the reward, the same for all steps; needed for soft labels.
         continue_from: which candidate the trajectory goes on from.
         guidance: moves the winner before training (TailorPO-G); null for none.
+        gated_kl: lambda, what a nat of KL at a step costs in the loss where the rewards of an ensemble disagree
+            completely on the pair (`gated`); 0 for nothing.
         update: "inline": the sampling forward's graph serves the loss, one optimizer step per update; "buffered":
             pairs are collected first and trained in shuffled minibatches.
         inner_epochs: passes over the buffer.
@@ -77,6 +80,7 @@ class TailorPO:
     tau: float | None = None
     continue_from: Literal["winner", "random", "loser"] = "winner"
     guidance: Guidance | None = None
+    gated_kl: float = 0.0
     update: Update = "inline"
     inner_epochs: int = 1
     minibatch: int = 8
@@ -87,6 +91,8 @@ class TailorPO:
             raise ValueError(f"beta must be positive, got {self.beta}")
         if self.tau is not None and not self.tau > 0:
             raise ValueError(f"tau must be positive, got {self.tau}")
+        if not self.gated_kl >= 0:
+            raise ValueError(f"gated_kl must be at least 0, got {self.gated_kl}")
         check_counts(self)
 
     @property
@@ -208,14 +214,14 @@ class TailorPO:
     def loss(self, policy: Policy, pair: Pair | StoredPairs) -> Tensor:
         """Eq. 10 of each pair, (B,), from the graph that the rollout left or from a new evaluation of x_k.
 
-        It is zero for pairs without an order.
+        It is zero for pairs without an order, but for the penalty of `gated_kl`.
         """
         logit, beta = pair_logit(policy, pair), self.beta
         if self.step_weights == "normalised":
             beta = beta / policy.sampler.noise_weight(policy.schedule, pair.k, kind=policy.model.prediction_type)
         soft = self.labels == "soft"
         loss = soft_dpo(logit, beta=beta, probability=pair.probability) if soft else dpo(logit, beta=beta)
-        return torch.where(pair.valid, loss, torch.zeros_like(loss))
+        return with_gated_kl(torch.where(pair.valid, loss, torch.zeros_like(loss)), pair, strength=self.gated_kl)
 
     @torch.no_grad()
     def _rank(self, policy: Policy, branch: Branch, trajectories: Trajectories, *, score: Score, noise: Noise) -> Pair:

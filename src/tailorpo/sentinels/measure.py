@@ -132,10 +132,8 @@ class Probe:
             values["distance"] = [plain(pairwise_distance(rows)) for rows in features]
             values["vendi"] = [plain(vendi_score(rows)) for rows in features]
         if len(members) > 1 and self.config.seeds > 1:
-            signs = dict(
-                zip(members, (math.copysign(1, weight) for _, weight in self.meter.scorer.members), strict=True)
-            )
-            scores = [[[signs[name] * each.scores[name] for each in group] for name in members] for group in groups]
+            weights = dict(zip(members, [weight for _, weight in self.meter.scorer.members], strict=True))
+            scores = [[[weights[name] * each.scores[name] for each in group] for name in members] for group in groups]
             values["disagreement"] = [plain(disagreement(each)) for each in scores]
         spread = {
             name: plain(within_spread([[each.scores[name] for each in group] for group in groups]))
