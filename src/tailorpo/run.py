@@ -323,10 +323,10 @@ def _impossible(values: Mapping[str, Any]) -> list[str]:
     ensemble: Ensemble | None = values.get("ensemble")
     if ensemble is not None and rewards and algorithm is not None:
         problems += ensemble_problems(ensemble, rewards, algorithm)
-    problems += gate_problems(algorithm, ensemble) if "ensemble" in values else []
+    problems += gate_problems(algorithm, ensemble)
     sentinels: Sentinels | None = values.get("sentinels")
-    if sentinels is not None and "eval" in values:
-        judge = values["eval"].judge
+    if sentinels is not None:
+        judge = values.get("eval", Eval()).judge
         problems += sentinel_problems(sentinels, judge=judge, rewards=rewards or (), algorithm=algorithm)
     batch: Batch | None = values.get("batch")
     if batch is not None and batch.micro > batch.trajectories:

@@ -11,8 +11,9 @@ paired difference of a prompt, with Student's interval over prompts:
     kl_growth      KL now / KL at the judge's best look, where the judge has gained nothing since; a warning
 
 Looking again and again, and always against the best of all looks, makes chance findings likelier than the level of one
-interval says. So a finding at `confidence` becomes an alarm only in `confirm` looks in a row, or at once where it holds
-at the stricter `certain`. How often that is wrong is simulated in tests/unit/test_sentinel_rules.py: a judge whose
+interval says. So the n-th look compares with the best at an n-th of the error (Bonferroni over the n looks that the
+best was picked from), and a finding at `confidence` becomes an alarm only in `confirm` looks in a row, or at once where
+it holds at the stricter `certain`. How often that is wrong is simulated in tests/unit/test_sentinel_rules.py: a judge whose
 every prompt wobbles about a plateau, anew at each look, under a reward that rises all the time. The wobble of real
 training is shared between neighbouring looks, which makes chance findings rarer.
 
@@ -104,7 +105,7 @@ def _pairs(now: Look, then: Look, name: str) -> list[tuple[float, float]]:
     return [(a, b) for a, b in both if a is not None and b is not None]
 
 
-def find(now: Look, *, base: Look, best: Look | None, rules: Rules) -> list[Finding]:
+def find(now: Look, *, base: Look, best: Look | None, rules: Rules, looks: int = 1) -> list[Finding]:
     """Everything that a look gives reason to say.
 
     Args:
@@ -112,19 +113,22 @@ def find(now: Look, *, base: Look, best: Look | None, rules: Rules) -> list[Find
         base: that at the base model.
         best: the look with the highest judge so far, the base's among them; None without a judge.
         rules: the thresholds.
+        looks: how many there were up to now, of which the best was picked.
     """
     gained = difference(now, base, "judge", confidence=rules.confidence)
     vouched = gained is not None and gained.low is not None and gained.low > 0
-    findings = [_fall(now, base, best, rules) if best else None, _diversity(now, base, rules)]
+    findings = [_fall(now, base, best, rules, looks) if best else None, _diversity(now, base, rules)]
     findings += [] if vouched else [_drift(now, base, rules)]
     findings += [_disagreement(now, base, rules), _kl_growth(now, best, rules) if best else None]
     return [finding for finding in findings if finding is not None]
 
 
-def _fall(now: Look, base: Look, best: Look, rules: Rules) -> Finding | None:
+def _fall(now: Look, base: Look, best: Look, rules: Rules, looks: int) -> Finding | None:
     if rules.fall is None:
         return None
-    fall = difference(now, best, "judge", confidence=rules.confidence)
+    # The best of n looks is too high by chance, so each of the n comparisons gets an n-th of the error (Bonferroni).
+    usual, strict = (1 - (1 - level) / looks for level in (rules.confidence, rules.certain))
+    fall = difference(now, best, "judge", confidence=usual)
     gain = difference(best, base, "judge", confidence=rules.confidence)
     if fall is None or gain is None or fall.high is None or fall.high >= 0:
         return None
@@ -139,8 +143,8 @@ def _fall(now: Look, base: Look, best: Look, rules: Rules) -> Finding | None:
     reward = difference(now, best, "reward", confidence=rules.confidence)
     if reward is not None and reward.high is not None and reward.high < 0:
         return Finding("fall", f"{text}; the trained reward has fallen, too: {_change(reward)}")
-    strict = difference(now, best, "judge", confidence=rules.certain)
-    certain = strict is not None and strict.high is not None and strict.high < 0
+    surely = difference(now, best, "judge", confidence=strict)
+    certain = surely is not None and surely.high is not None and surely.high < 0
     if reward is not None:
         rose = reward.low is not None and reward.low > 0
         text += f", while the trained reward {'rose' if rose else 'shows no clear change'}: {_change(reward)}"

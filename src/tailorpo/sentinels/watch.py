@@ -108,9 +108,9 @@ class Watch:
         mine.ended = None  # of a run that goes on although an alarm had ended it
         assert mine.base is not None
         now, cost = self.probe.look(update, on_step=step)
-        findings = find(now, base=mine.base, best=mine.best, rules=self.config.rules)
-        state, alarms, mine.streaks = judged(findings, mine.streaks, confirm=self.config.rules.confirm)
         mine.looks += 1
+        findings = find(now, base=mine.base, best=mine.best, rules=self.config.rules, looks=mine.looks)
+        state, alarms, mine.streaks = judged(findings, mine.streaks, confirm=self.config.rules.confirm)
         best = mine.best
         if best is not None and state != "hacking" and (now.mean("judge") or 0) > (best.mean("judge") or 0):
             mine.best = best = now
