@@ -54,14 +54,21 @@ def sentinel_section(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None
     if not seen:
         return None
     tone, headline = HEADLINES[seen[-1]["state"]]
+    before = [None, *seen[:-1]]
     return {
         "tone": tone,
         "headline": headline,
-        "said": [look for look in seen if look["reasons"]],
+        "said": [look for look, last in zip(seen, before, strict=True) if look["reasons"] and _news(look, last)],
         "count": len(seen),
         "charts": _charts(seen),
         "peak": peak_chart(seen),
     }
+
+
+def _news(look: Mapping[str, Any], before: Mapping[str, Any] | None) -> bool:
+    """Whether it says something else than the look before."""
+    keys = ("state", "findings", "action")
+    return before is None or [look.get(key) for key in keys] != [before.get(key) for key in keys]
 
 
 def sentinel_cost(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:

@@ -13,9 +13,9 @@ paired difference of a prompt, with Student's interval over prompts:
 Looking again and again, and always against the best of all looks, makes chance findings likelier than the level of one
 interval says. So the n-th look compares with the best at an n-th of the error (Bonferroni over the n looks that the
 best was picked from), and a finding at `confidence` becomes an alarm only in `confirm` looks in a row, or at once where
-it holds at the stricter `certain`. How often that is wrong is simulated in tests/unit/test_sentinel_rules.py: a judge whose
-every prompt wobbles about a plateau, anew at each look, under a reward that rises all the time. The wobble of real
-training is shared between neighbouring looks, which makes chance findings rarer.
+it holds at the stricter `certain`. How often that is wrong is simulated in tests/unit/test_sentinel_rules.py: a judge
+whose every prompt wobbles about a plateau, anew at each look, under a reward that rises all the time. The wobble of
+real training is shared between neighbouring looks, which makes chance findings rarer.
 
 A fall of a tenth of the best gain can only be seen before it happens if the interval is narrower than that: more
 prompts make it so. Left out: sequential tests with a guaranteed error over an endless series (alpha spending,
