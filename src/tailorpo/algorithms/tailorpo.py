@@ -19,7 +19,7 @@ Left out: the ratio clamp of D3PO's and SPO's code (see `objectives`), and more 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -27,9 +27,9 @@ from torch import Tensor
 
 from tailorpo.algorithms.base import Cost, Gather, Update, alone, check_counts, common_problems
 from tailorpo.algorithms.gated import with_gated_kl
-from tailorpo.algorithms.guided import move_winner
+from tailorpo.algorithms.guided import move_pair
 from tailorpo.algorithms.pairs import Pair, StoredPairs, pair_logit
-from tailorpo.guidance import Guidance, length
+from tailorpo.guidance import Guidance, SigmaGuidance, length
 from tailorpo.noise import Noise
 from tailorpo.objectives import dpo, soft_dpo
 from tailorpo.policy import Policy
@@ -61,6 +61,8 @@ class TailorPO:
         labels: "hard" as in the paper, or "soft": the winner is better with probability sigmoid(gap / tau).
         tau: label temperature in units of the reward, the same for all steps; needed for soft labels.
         continue_from: which candidate the trajectory goes on from.
+        finish: walk on to the picture after the last trained step. Only the log's `reward_final` needs it; without it
+            every trajectory saves the evaluations after that step, one decode and one reward query.
         guidance: moves the winner before training (TailorPO-G); null for none.
         gated_kl: lambda, what a nat of KL at a step costs in the loss where the rewards of an ensemble disagree
             completely on the pair (`gated`); 0 for nothing.
@@ -79,6 +81,7 @@ class TailorPO:
     labels: Literal["hard", "soft"] = "hard"
     tau: float | None = None
     continue_from: Literal["winner", "random", "loser"] = "winner"
+    finish: bool = True
     guidance: Guidance | None = None
     gated_kl: float = 0.0
     update: Update = "inline"
@@ -131,7 +134,20 @@ class TailorPO:
                 "algorithm.guidance (TailorPO-G) needs the gradient of the reward, and this reward is not"
                 " differentiable; use guidance: null (TailorPO) or a differentiable reward"
             )
+        if isinstance(self.guidance, SigmaGuidance) and self.guidance.corrected_beta and self.labels == "soft":
+            found.append(
+                "algorithm.guidance.corrected_beta is for hard labels: soft ones grow with the push themselves, and"
+                " their optimum lies where it did; set labels to hard or corrected_beta to false"
+            )
         return found
+
+    def at(self, update: int) -> TailorPO:
+        """The same with the guidance of an update, 0-based, and the beta that belongs to it."""
+        if not isinstance(self.guidance, SigmaGuidance):
+            return self
+        guidance = self.guidance.at(update)
+        beta = self.beta / guidance.gain if guidance.corrected_beta else self.beta
+        return replace(self, guidance=guidance, beta=beta)
 
     def trained_steps(self, steps: int, *, noise: Noise, update: int) -> tuple[int, ...]:
         """The trained steps of one update, ascending."""
@@ -151,7 +167,7 @@ class TailorPO:
         guidance, inline = self.guidance, self.update == "inline"
         rescored = guidance is not None and guidance.accept_reject
         forwards, input_gradients, known = 0, 0, False
-        for k in range(steps):
+        for k in range(steps if self.finish else max(trained) + 1):
             branching = k in trained
             # The walk's own evaluation; a graph for the loss needs a new one even where a score left one without.
             forwards += not known or (inline and branching)
@@ -167,7 +183,7 @@ class TailorPO:
             forwards=forwards + (0 if inline else epochs * len(trained)),
             backwards=epochs * len(trained),
             input_gradients=input_gradients,
-            reward_queries=len(trained) * (2 + rescored) + 1,
+            reward_queries=len(trained) * (2 + rescored) + (self.finish or steps - 1 in trained),
             references=len(trained),
             picture_gradients=0 if guidance is None else 2 * len(trained),
             scored_rows=2,
@@ -202,6 +218,7 @@ class TailorPO:
             decide=decide,
             graph=self.update == "inline",
             gradient="none" if self.guidance is None else self.guidance.jacobian,
+            finish=self.finish,
             on_step=on_step,
         )
 
@@ -238,9 +255,10 @@ class TailorPO:
         tie = present & (reward_winner == reward_loser)
 
         gaussian = branch.step.detach().gaussian
-        moved = move_winner(self.guidance, policy, branch, trajectories, first, score=score)
+        moved = move_pair(self.guidance, policy, branch, trajectories, first, second, score=score)
         noises = branch.noises.flatten(0, 1)
-        noise_winner, noise_loser = noises[first] + moved.push / gaussian.std, noises[second]
+        noise_winner = noises[first] + moved.push / gaussian.std
+        noise_loser = noises[second] + moved.push_loser / gaussian.std
         noise_difference = noise_winner - noise_loser
         gap, push = reward_winner - reward_loser, length(moved.push) / gaussian.std
         soft = torch.ones_like(gap) if self.tau is None else torch.sigmoid((gap + moved.gain) / self.tau)

@@ -139,7 +139,10 @@ def experiment(
     work: Annotated[Path, typer.Option(help="The folder of the runs.")] = Path("runs/experiments"),
     states: Annotated[int | None, typer.Option(min=2, help="step-reward: states per step.")] = None,
     continuations: Annotated[int | None, typer.Option(min=2, help="step-reward: of each sibling.")] = None,
-    pairs: Annotated[int | None, typer.Option(min=1, help="gradient-direction: pairs of trajectories.")] = None,
+    pairs: Annotated[
+        int | None,
+        typer.Option(min=1, help="gradient-direction: pairs of trajectories. pair-worth: trajectories."),
+    ] = None,
     page: Annotated[
         Path | None, typer.Option("--docs", help="Put the results into this page or folder.", show_default=False)
     ] = None,
