@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 from typer.testing import CliRunner
 
 from tailorpo.cli import app
+from tailorpo.rewards import Brightness
 
 
 def settings(model_path: Path | str, /, **changes: Any) -> dict[str, Any]:
@@ -65,3 +68,8 @@ def outcome(run: Path) -> dict[str, Any]:
         },
         "eval": json.loads((run / "eval.json").read_text())["groups"],
     }
+
+
+def darkness(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """A judge that falls where the reward of these runs rises."""
+    return -Brightness()(images, prompts)

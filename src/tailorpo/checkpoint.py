@@ -104,6 +104,22 @@ def load_latest_checkpoint(directory: Path, *, note: Callable[[str], None]) -> C
     return None
 
 
+def load_checkpoint(directory: Path, update: int) -> Checkpoint:
+    """The checkpoint after the given number of updates.
+
+    Raises:
+        CheckpointError: it is not there, or damaged.
+    """
+    return _read(directory / f"update-{update:06d}")
+
+
+def remove_checkpoints(directory: Path, *, after: int) -> None:
+    """Delete those of later updates, the newest first, so that an interruption leaves a sound series."""
+    for update, folder in _saved(directory):
+        if update > after:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def latest_update(directory: Path) -> int:
     """The update of the newest checkpoint, unchecked; 0 if there is none."""
     return max((update for update, _ in _saved(directory)), default=0)

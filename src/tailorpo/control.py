@@ -41,6 +41,8 @@ from dataclasses import replace
 from typing import Any, cast
 
 from tailorpo.algorithms.base import Algorithm
+from tailorpo.algorithms.d3po import D3PO
+from tailorpo.algorithms.spo import SPO
 from tailorpo.algorithms.tailorpo import TailorPO
 from tailorpo.policy import Policy
 
@@ -64,9 +66,11 @@ def adapted(algorithm: Algorithm, memory: Memory) -> Algorithm:
     `memory["beta_factor"]` multiplies beta, whoever has put it there; a KL target falls with it, as the KL at a larger
     beta would. Everything else is TailorPO's own.
     """
+    factor, integral = _one(memory, FACTOR, 1.0), _one(memory, INTEGRAL, 0.0)
+    if isinstance(algorithm, D3PO | SPO):
+        return algorithm if factor == 1 else replace(algorithm, beta=algorithm.beta * factor)
     if not isinstance(algorithm, TailorPO):
         return algorithm
-    factor, integral = _one(memory, FACTOR, 1.0), _one(memory, INTEGRAL, 0.0)
     beta, target = starting_beta(algorithm, memory) * factor, algorithm.kl_target
     if target is None:
         return algorithm if beta == algorithm.beta else replace(algorithm, beta=beta)

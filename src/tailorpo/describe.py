@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tailorpo.algorithms.tailorpo import TailorPO
 from tailorpo.models.source import BUNDLED, assets
 from tailorpo.noise import Noise
 from tailorpo.run import Run
+from tailorpo.sentinels.series import looks
 
 # One training step from the loop inwards; what the run's own sections add is found from their classes.
 _LOOP = (
@@ -140,6 +141,29 @@ def result_table(results: dict[str, Any]) -> Table:
                 _signed(row["difference"]),
                 interval,
             )
+    return table
+
+
+def sentinel_table(rows: Sequence[Mapping[str, Any]]) -> Table | None:
+    """What the sentinels saw, a line per look; None if there was none."""
+    seen = looks(rows)
+    if not seen:
+        return None
+    table = _table("Sentinels")
+    for name in ("update", "state", "reward", "judge", "diversity", "KL", "why"):
+        table.add_column(name, justify="left" if name in ("state", "why") else "right")
+    for look in seen:
+        measures = look["measures"]
+        kept = measures.get("distance", {}).get("ratio")
+        table.add_row(
+            str(look["update"]),
+            look["state"],
+            _signed(measures["reward"].get("difference")),
+            _signed(measures.get("judge", {}).get("difference")),
+            "-" if kept is None else f"{kept:.0%}",
+            f"{look['kl']:.3g}",
+            "; ".join(look["reasons"]),
+        )
     return table
 
 

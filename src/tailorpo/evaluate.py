@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image
@@ -41,13 +41,14 @@ from tailorpo.environment import environment
 from tailorpo.errors import UserError
 from tailorpo.files import atomic_write
 from tailorpo.images import contact_sheet, fit, png_bytes, save_png
+from tailorpo.meter import Meter, Metric
 from tailorpo.models import DiffusionModel
 from tailorpo.noise import Noise
 from tailorpo.policy import Policy
 from tailorpo.prompts import load_prompts
-from tailorpo.rewards import Reward, Scorer, load_scorer
-from tailorpo.rewards.jpeg import jpeg_kilobytes
+from tailorpo.rewards import load_scorer
 from tailorpo.rollout import sample_images
+from tailorpo.sentinels.series import kept_update
 from tailorpo.statistics import (
     compare,
     paired_means,
@@ -70,36 +71,6 @@ SHEET_PROMPTS, SHEET_SEEDS, SHEET_CELL = 24, 4, 96
 Group = Literal["seen", "unseen"]
 Side = Literal["base", "aligned"]
 SIDES: tuple[Side, Side] = ("base", "aligned")
-
-
-@runtime_checkable
-class Embedder(Protocol):
-    """A reward that also gives features of pictures, to measure diversity in."""
-
-    @property
-    def name(self) -> str:
-        """What the reward is called."""
-        ...
-
-    def embed(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> (B, D)."""
-        ...
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One row of the table.
-
-    Attributes:
-        label: what people read.
-        role: "trained" the score that training saw, "member" a part of it, "judge" held out of training, "diversity"
-            among the pictures of one prompt, "alarm" a low-level statistic that nobody asked to change.
-        unit: what it counts in; empty where the number has no name.
-    """
-
-    label: str
-    role: Literal["trained", "member", "judge", "diversity", "alarm"]
-    unit: str = ""
 
 
 @dataclass(frozen=True)
@@ -147,7 +118,7 @@ def evaluate(
     started, counter = time.perf_counter(), model.evaluations
     prompts = _prompts(run)
     with processes.together():
-        meter = _Meter(run, model.device)
+        meter = _meter(run, model.device)
     # Pictures go to a folder of their own and replace the last evaluation's at the end: an interruption mixes nothing.
     partial = directory.path / "samples" / "eval.partial"
     if processes.main:
@@ -160,7 +131,7 @@ def evaluate(
     if processes.main:
         reporter.phase("evaluating: intervals")
         result = _result(run, prompts, drawn, meter)
-        result["update"] = next((row["update"] for row in reversed(directory.metrics())), 0)
+        result["update"] = kept_update(directory.metrics())
         result["history"] = _history(directory.path / "eval.json", result)
         result["cost"] = {"forwards": forwards, "seconds": round(time.perf_counter() - started, 2)}
         result["environment"] = environment(model.device)
@@ -188,71 +159,18 @@ def _prompts(run: Run) -> list[tuple[Group, str]]:
     return [*(("seen", prompt) for prompt in seen), *(("unseen", prompt) for prompt in unseen)]
 
 
-class _Meter:
-    """Every number of a picture, from the run's rewards and judge."""
-
-    def __init__(self, run: Run, device: torch.device) -> None:
-        self.scorer = load_scorer(run.reward, device, on_invalid=run.on_invalid_reward)
-        self.judge: Reward | None = run.eval.judge.load(device) if run.eval.judge else None
-        self.held_out = self.judge is not None and run.eval.judge not in [entry.reward for entry in run.reward]
-        self.good_threshold: float | None = getattr(self.judge, "good_threshold", None)
-        self._judge = Scorer([(self.judge, 1.0)], on_invalid="skip") if self.judge else None
-        members = ((reward, own) for (reward, _), own in zip(self.scorer.members, self.scorer.devices, strict=True))
-        candidates: list[tuple[object, torch.device | None]] = [(self.judge, device), *members]
-        embedders = ((reward, own) for reward, own in candidates if isinstance(reward, Embedder))
-        self._embedder, self._embedder_device = next(embedders, (None, None))
-        self.embedding = self._embedder.name if self._embedder else "pixels"
-
-    @torch.no_grad()
-    def scores(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Numbers of pictures (B, 3, H, W), (B,) each, NaN where a reward gave none; names as in `metrics`."""
-        members = self.scorer.each(images, prompts)
-        weights = [weight for _, weight in self.scorer.members]
-        total = sum((weight * score for weight, score in zip(weights, members.values(), strict=True)), torch.zeros(()))
-        scores = {"reward": total}
-        if len(members) > 1:
-            scores |= {f"reward:{name}": score for name, score in members.items()}
-        if self._judge:
-            scores["judge"] = self._judge(images, prompts)
-            if self.good_threshold is not None:
-                good = (scores["judge"] >= self.good_threshold).float()
-                scores["good"] = good.where(scores["judge"].isfinite(), math.nan)
-        high, low = images.amax(1), images.amin(1)
-        scores["saturation"] = ((high - low) / high.clamp(min=1e-6)).mean((1, 2))
-        scores["jpeg"] = jpeg_kilobytes(images)
-        return scores
-
-    @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        """(B, D): of the judge, else of a reward that has them, else 8 x 8 means of the pixels around mid grey."""
-        if self._embedder:
-            return self._embedder.embed(images.to(self._embedder_device)).float().cpu()
-        return (adaptive_avg_pool2d(images, 8) - 0.5).flatten(1).cpu()
-
-    def metric(self, name: str) -> Metric:
-        """What a name in `scores` or in `_DIVERSITY` stands for."""
-        fixed = {
-            "good": Metric("pictures the judge calls good", "judge" if self.held_out else "member", "share"),
-            "saturation": Metric("saturation", "alarm"),
-            "jpeg": Metric("JPEG size", "alarm", "kB"),
-        }
-        if name in fixed:
-            return fixed[name]
-        if name in _DIVERSITY:
-            return _DIVERSITY[name].metric
-        if name == "judge" and self.judge:
-            return Metric(self.judge.name, "judge" if self.held_out else "member")
-        members = self.scorer.members
-        if name == "reward":
-            return Metric(members[0][0].name if len(members) == 1 else "sum of the rewards", "trained")
-        return Metric(name.removeprefix("reward:"), "member")
+def _meter(run: Run, device: torch.device) -> Meter:
+    scorer = load_scorer(run.reward, device, on_invalid=run.on_invalid_reward)
+    judge = run.eval.judge
+    held_out = judge is not None and judge not in [entry.reward for entry in run.reward]
+    return Meter(scorer, judge.load(device) if judge else None, held_out=held_out, device=device)
 
 
 def _draw(
     run: Run,
     model: DiffusionModel,
     prompts: Sequence[tuple[Group, str]],
-    meter: _Meter,
+    meter: Meter,
     folder: Path,
     *,
     step: Callable[[int, int], None],
@@ -292,7 +210,7 @@ def _pictures(
     batch: Sequence[tuple[int, int]],
     prompts: Sequence[tuple[Group, str]],
     side: Side,
-    meter: _Meter,
+    meter: Meter,
     noise: Noise,
 ) -> list[_Picture]:
     """Draw and measure one batch of (prompt, seed) with one of the models."""
@@ -359,7 +277,7 @@ _DIVERSITY = {
 
 
 def _result(
-    run: Run, prompts: Sequence[tuple[Group, str]], drawn: dict[Side, list[_Drawn]], meter: _Meter
+    run: Run, prompts: Sequence[tuple[Group, str]], drawn: dict[Side, list[_Drawn]], meter: Meter
 ) -> dict[str, Any]:
     """The content of eval.json, without what only the caller knows."""
     values: dict[str, dict[Side, list[float]]] = {}
@@ -386,7 +304,13 @@ def _result(
             "judge_held_out": meter.held_out,
             "good_threshold": meter.good_threshold,
         },
-        "metrics": {name: {**asdict(meter.metric(name)), "spread": plain(spread.get(name))} for name in values},
+        "metrics": {
+            name: {
+                **asdict(_DIVERSITY[name].metric if name in _DIVERSITY else meter.metric(name)),
+                "spread": plain(spread.get(name)),
+            }
+            for name in values
+        },
         "groups": {
             name: {
                 "prompts": len(indices),

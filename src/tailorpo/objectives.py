@@ -63,6 +63,25 @@ def plackett_luce(scores: Tensor, *, beta: float, targets: Tensor) -> Tensor:
     return -(targets * shares).sum(dim=(1, 2))
 
 
+def disagreement(gaps: Tensor, weights: Tensor) -> Tensor:
+    """How far several rewards are from agreeing on a pair, (B,) in 0..1: the part of their gaps' mean square that is
+    not the square of their mean,
+
+        1 - m^2 / (m^2 + sd^2),   m = sum v_i g_i,   sd^2 = sum v_i (g_i - m)^2,   v_i = |w_i| / sum |w|
+
+    0 where all see the same gap, 1 where their gaps cancel.
+
+    Args:
+        gaps: (M, B), normalised, positive where a reward prefers the first of the pair.
+        weights: (M,).
+    """
+    shares = (weights.abs() / weights.abs().sum()).unsqueeze(1)
+    mean = (shares * gaps).sum(0)
+    spread = (shares * (gaps - mean).square()).sum(0)
+    whole = mean.square() + spread
+    return torch.where(whole > 0, spread / whole.clamp(min=torch.finfo(gaps.dtype).tiny), torch.zeros_like(whole))
+
+
 def clamp_log_ratio(log_ratio: Tensor, *, clip: float) -> Tensor:
     """log of the ratio clamped to 1 - clip .. 1 + clip, without leaving log-space."""
     return log_ratio.clamp(math.log1p(-clip), math.log1p(clip))

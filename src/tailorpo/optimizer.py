@@ -137,6 +137,7 @@ class Learner:
             raise CheckpointError(
                 "the checkpoint holds other parameters than this run trains; the model section was changed"
             )
+        self._adamw.state.clear()
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"parameter/{name}"])

@@ -18,6 +18,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from tailorpo.sentinels.series import summary
+
 _BARS = "".join(chr(0x2580 + eighths) for eighths in range(1, 9))
 
 
@@ -97,6 +99,8 @@ class Plain:
             f"loss {_number(metrics, 'loss', '.4f')}  accuracy {_number(metrics, 'accuracy', '.2f')}  "
             f"KL {_number(metrics, 'kl', '.3g')}  {_number(metrics, 'seconds', '.1f')} s"
         )
+        if "sentinel" in metrics:
+            self._line(f"sentinels: {summary(metrics['sentinel'])}")
 
     def note(self, text: str) -> None:
         """Something a person should know."""
@@ -124,6 +128,7 @@ class Rich:
         self._rewards: list[float] = []
         self._last: Mapping[str, Any] = {}
         self._durations: list[float] = []
+        self._sentinel: Mapping[str, Any] = {}
         self._phase = "starting"
         self._began = time.monotonic()
         self._done = 0
@@ -156,6 +161,7 @@ class Rich:
     def update(self, metrics: Mapping[str, Any]) -> None:
         """One update is done."""
         self._last = metrics
+        self._sentinel = metrics.get("sentinel", self._sentinel)
         self._done = int(metrics["update"])
         if isinstance(metrics.get("reward_mean"), int | float):
             self._rewards.append(float(metrics["reward_mean"]))
@@ -190,6 +196,9 @@ class Rich:
             names = (("loss", "loss", ".4f"), ("accuracy", "accuracy", ".0%"), ("KL", "kl", ".3g"))
             text = "   ".join(f"{label} {_number(self._last, name, pattern)}" for label, name, pattern in names)
             lines.append(Text(text, style="dim"))
+        if self._sentinel:
+            style = {"ok": "green", "warning": "yellow"}.get(self._sentinel["state"], "bold red")
+            lines.append(Text(f"sentinels: {summary(self._sentinel)}", style=style))
         return Group(*lines)
 
 

@@ -25,18 +25,19 @@ from tailorpo.algorithms.base import Algorithm
 from tailorpo.algorithms.d3po import D3PO
 from tailorpo.algorithms.ddpo import DDPO
 from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
+from tailorpo.algorithms.ensembles import ensemble_problems, gate_problems
 from tailorpo.algorithms.misranks import misrank_problems
 from tailorpo.algorithms.reward_backprop import RewardBackprop
 from tailorpo.algorithms.spo import SPO
 from tailorpo.algorithms.tailorpo import TailorPO
 from tailorpo.errors import RunFileError, UserError
-from tailorpo.guidance import TargetGuidance
 from tailorpo.models import ModelConfig
 from tailorpo.optimizer import Optimizer
 from tailorpo.pair_dataset import pair_problems
 from tailorpo.prompts import PromptsConfig, load_prompts
 from tailorpo.rewards import EmojiStepPreference, Ensemble, NeedsFiles, RewardConfig, RewardEntry
 from tailorpo.samplers import DDIM
+from tailorpo.sentinels.config import Sentinels, may_change, sentinel_problems
 from tailorpo.settings import Binder, check_fields, did_you_mean, plain
 from tailorpo.step_choice import AutoSteps
 from tailorpo.yaml_tree import Tree, override, read_yaml
@@ -45,7 +46,8 @@ TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tenso
 """Names a run file may list under `trackers`; each is also that of the package it needs."""
 
 RESUMABLE = ("updates", "checkpoint_every", "eval", "trackers")
-"""The settings that may change when a run is resumed: what was trained so far does not depend on them."""
+"""The settings that may change when a run is resumed: what was trained so far does not depend on them. Of `sentinels`
+the rules and what an alarm does may, too (`may_change`)."""
 
 _MAX_BYTES = 1_000_000
 
@@ -112,6 +114,7 @@ class Run:
         reward: one reward or several, whose weighted sum is what the model is aligned with.
         ensemble: how several rewards are combined where siblings are ranked; null for the weighted sum.
         on_invalid_reward: what a reward of NaN or infinity does: "stop", or "skip" the pair and count it.
+        sentinels: what is watched during training, and what an alarm does; null for nothing.
         trackers: where metrics also go, names of `TRACKERS`; needs their packages.
 
     Raises:
@@ -131,6 +134,7 @@ class Run:
     optimizer: Optimizer = field(default_factory=Optimizer)
     batch: Batch = field(default_factory=Batch)
     eval: Eval = field(default_factory=Eval)
+    sentinels: Sentinels | None = None
     trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -181,7 +185,14 @@ class Run:
             for entry in data["reward"]
         ]
         data["reward"] = entries[0] if len(entries) == 1 else entries
-        for section, name in ((data, "prompts"), (data["eval"], "prompts_seen"), (data["eval"], "prompts_unseen")):
+        watched: dict[str, Any] = data["sentinels"] or {"prompts": None}
+        evaluated = data["eval"]
+        for section, name in (
+            (data, "prompts"),
+            (evaluated, "prompts_seen"),
+            (evaluated, "prompts_unseen"),
+            (watched, "prompts"),
+        ):
             if section[name] is not None:
                 section[name] = {key: value for key, value in section[name].items() if value is not None}
         return data
@@ -201,6 +212,8 @@ class Run:
         override(tree, overrides)
         new = Run._from_tree(tree, "resume", files=True)
         changed = [item.name for item in fields(self) if getattr(self, item.name) != getattr(new, item.name)]
+        if may_change(self.sentinels, new.sentinels):
+            changed = [name for name in changed if name != "sentinels"]
         refused = [name for name in changed if name not in RESUMABLE]
         if refused:
             raise RunFileError(
@@ -311,7 +324,12 @@ def _impossible(values: Mapping[str, Any]) -> list[str]:
             )
     ensemble: Ensemble | None = values.get("ensemble")
     if ensemble is not None and rewards and algorithm is not None:
-        problems += _ensemble_problems(ensemble, rewards, algorithm)
+        problems += ensemble_problems(ensemble, rewards, algorithm)
+    problems += gate_problems(algorithm, ensemble)
+    sentinels: Sentinels | None = values.get("sentinels")
+    if sentinels is not None:
+        judge = values.get("eval", Eval()).judge
+        problems += sentinel_problems(sentinels, judge=judge, rewards=rewards or (), algorithm=algorithm)
     batch: Batch | None = values.get("batch")
     if batch is not None and batch.micro > batch.trajectories:
         problems.append(f"batch.micro is {batch.micro}, more than the {batch.trajectories} of batch.trajectories")
@@ -321,47 +339,6 @@ def _impossible(values: Mapping[str, Any]) -> list[str]:
             problems.append(f"trackers: there is no `{name}`{known}")
         elif find_spec(name) is None:
             problems.append(f"trackers: {name} is not installed; `pip install {name}` or leave it out")
-    return problems
-
-
-def _ensemble_problems(ensemble: Ensemble, rewards: Sequence[RewardEntry], algorithm: Algorithm) -> list[str]:
-    problems: list[str] = []
-    if len(rewards) < 2:
-        problems.append("ensemble: there is one reward and nothing to combine; list several under reward, or drop it")
-    if not all(entry.weight for entry in rewards):
-        problems.append("ensemble: a reward of weight 0 has no say; leave it out of the list")
-    if isinstance(algorithm, TailorPO):
-        guidance = algorithm.guidance
-        if guidance is not None and not ensemble.differentiable:
-            problems.append(
-                f"ensemble.rule is {ensemble.rule}, a count of votes, whose gradient is zero, and algorithm.guidance"
-                " needs one; take another rule (soft_vote has a gradient) or guidance: null"
-            )
-        if guidance is not None and guidance.accept_reject:
-            problems.append(
-                "algorithm.guidance.accept_reject asks whether one picture's reward has risen, and an ensemble knows"
-                " only which of two siblings is better; leave accept_reject or ensemble out"
-            )
-        if isinstance(guidance, TargetGuidance) and guidance.target is not None:
-            problems.append(
-                "algorithm.guidance.target is a reward to reach, and under an ensemble a picture alone has none;"
-                " use delta, or form sigma"
-            )
-        if algorithm.step_reward != "predicted":
-            problems.append(
-                "ensemble normalises each step's gaps by those of predicted pictures at that step, which"
-                " algorithm.step_reward replaces; use step_reward: predicted, or leave ensemble out"
-            )
-    if isinstance(algorithm, SPO | TailorPO) and ensemble.rule == "pareto" and algorithm.candidates > 2:
-        problems.append(
-            "ensemble.rule is pareto, but the best and the worst of several candidates need not dominate one another;"
-            " use algorithm.candidates 2 or another rule"
-        )
-    if not isinstance(algorithm, TailorPO | SPO | D3PO):
-        problems.append(
-            f"ensemble compares siblings, and {algorithm.name} has none to compare: leave ensemble out (rewards are"
-            " then added up by weight), or use tailorpo, spo or d3po"
-        )
     return problems
 
 

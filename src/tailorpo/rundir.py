@@ -3,6 +3,7 @@
     run.yaml        every setting, resolved
     metrics.jsonl   one JSON object per update; a resumed run's equals an uninterrupted one's but for the seconds
     checkpoints/    the newest three (`checkpoint`)
+    best/           checkpoints of the looks with the best judge, under `sentinels.on_alarm: rollback`
     lora/           pytorch_lora_weights.safetensors, diffusers' standard file
     unet/           instead of it under full fine-tuning: the network as a diffusers folder
     samples/        pictures
@@ -81,6 +82,11 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         """Where `checkpoint` writes."""
         return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        """Where the checkpoint is that the sentinels' rollback goes back to."""
+        return self.path / "best"
 
     @property
     def lora(self) -> Path:

@@ -58,6 +58,16 @@ def mean_interval(
     return _bootstrap((data,), mean, confidence=confidence, resamples=resamples, seed=seed)
 
 
+def student_interval(values: Sequence[float], *, confidence: float) -> Interval:
+    """The mean of one value per prompt with Student's interval, however many there are.
+
+    Raises:
+        ValueError: no values, or one that is not finite.
+    """
+    data = _vector(values)
+    return _student(float(data.mean()), data - data.mean(), confidence=confidence)
+
+
 def ratio_interval(
     base: Sequence[float], aligned: Sequence[float], *, confidence: float = 0.95, resamples: int = 9999, seed: int = 0
 ) -> Interval | None:

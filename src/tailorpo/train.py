@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +26,13 @@ from tailorpo.algorithms.base import Algorithm, Stored
 from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
 from tailorpo.algorithms.labels import GAP_DECAY
 from tailorpo.algorithms.tailorpo import TailorPO
-from tailorpo.checkpoint import load_latest_checkpoint, save_checkpoint
+from tailorpo.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    load_latest_checkpoint,
+    remove_checkpoints,
+    save_checkpoint,
+)
 from tailorpo.control import adapted, observe
 from tailorpo.errors import ProcessError, UserError
 from tailorpo.metrics import UpdateMetrics
@@ -41,6 +48,7 @@ from tailorpo.rewards.ensemble import GapScales
 from tailorpo.rollout import Trajectories, start_trajectories
 from tailorpo.run import Run
 from tailorpo.rundir import RunDirectory
+from tailorpo.sentinels.watch import Ended, Watch, open_watch
 from tailorpo.tracking import open_trackers
 from tailorpo.trained import export
 
@@ -92,25 +100,41 @@ def train(run: Run, directory: RunDirectory, *, reporter: Reporter, processes: P
         if isinstance(run.algorithm, DiffusionDPO):
             reporter.phase("encoding the pairs")
             run.algorithm.load(policy.model, on_picture=reporter.step)
+        watch = open_watch(run, policy, score, processes)
     learner = Learner(policy.model.trainable(), run.optimizer, processes)
     session = Session(
-        run, policy, score=score, learner=learner, directory=directory, reporter=reporter, processes=processes
+        run,
+        policy,
+        score=score,
+        learner=learner,
+        directory=directory,
+        reporter=reporter,
+        processes=processes,
+        watch=watch,
     )
     finished = session.restore()
+    if watch is not None and watch.over:
+        reporter.note("the sentinels have ended this run; `tailorpo resume RUN sentinels.on_alarm=warn` trains on")
+        return policy.model
     with processes.together():
         trackers = open_trackers(run, directory if processes.main else None)
         if processes.main:
             directory.truncate_metrics(finished)
+    session.begin_watch()
     reporter.phase("training")
     try:
         for update in range(finished, run.updates):
             started = time.perf_counter()
             metrics = session.update(update)
             metrics["seconds"] = time.perf_counter() - started
+            ended = session.look(update + 1, metrics)
             if processes.main:
                 directory.append_metrics(metrics)
             trackers.log(metrics, step=update + 1)
             reporter.update(metrics)
+            if ended is not None:
+                session.end(ended)
+                break
             if (update + 1) % run.checkpoint_every == 0 or update + 1 == run.updates:
                 session.save(update + 1)
     finally:
@@ -131,6 +155,7 @@ class Session:
         directory: RunDirectory,
         reporter: Reporter,
         processes: Processes = ALONE,
+        watch: Watch | None = None,
     ) -> None:
         self.run = run
         self.algorithm: Algorithm = run.algorithm
@@ -140,6 +165,7 @@ class Session:
         self.directory = directory
         self.reporter = reporter
         self.processes = processes
+        self.watch = watch
         self.noise = Noise(run.seed)
         self.memory: dict[str, list[float]] = {}
         self.prompts = load_prompts(run.prompts)
@@ -277,6 +303,12 @@ class Session:
                 f"the processes hold different parameters after update {update}, so nothing was saved of it; do they"
                 " run on unequal devices or versions? Go on from the last checkpoint with `tailorpo resume`"
             )
+        self._write(self.directory.checkpoints, update)
+        if self.processes.main:
+            export(self.policy.model, self.run, self.directory, updates=update)
+
+    def _write(self, folder: Path, update: int) -> None:
+        """A checkpoint into `folder`, by the main process."""
         if self.gaps is not None:
             self.gaps.settle(self.processes.gather)
         state: dict[str, Any] = {
@@ -289,10 +321,49 @@ class Session:
         if self.scales is not None:
             self.scales.settle(self.processes.gather)
             state["gap_scales"] = self.scales.running
+        if self.watch is not None:
+            state["sentinels"] = self.watch.state
         if self.processes.main:
             tensors = self.learner.tensors() | (self.policy.moving.tensors() if self.policy.moving else {})
-            save_checkpoint(self.directory.path / "checkpoints", update=update, tensors=tensors, state=state)
-            export(self.policy.model, self.run, self.directory, updates=update)
+            save_checkpoint(folder, update=update, tensors=tensors, state=state)
+
+    def begin_watch(self) -> None:
+        """Let the sentinels see the base model, the first time a run gets here."""
+        if self.watch is not None and self.watch.memory.base is None:
+            self.reporter.phase("sentinels: the base model")
+            self.watch.begin(self.reporter.step)
+            self._keep(0)
+
+    def look(self, update: int, metrics: dict[str, Any]) -> Ended | None:
+        """Let the sentinels look after `update` updates, if it is time, and put what they say into the update's row;
+        returns how they end the training, if they do."""
+        watch = self.watch
+        if watch is None or not watch.due(update):
+            return None
+        metrics["sentinel"] = watch.look(update, self.memory, self.reporter.step)
+        self._keep(update)
+        return watch.memory.ended
+
+    def _keep(self, update: int) -> None:
+        """Keep what a rollback would go back to, where pruning does not reach it."""
+        if self.watch is not None and self.watch.config.on_alarm == "rollback" and self.watch.is_best:
+            self._write(self.directory.best, update)
+
+    def end(self, ended: Ended) -> None:
+        """The last checkpoint of a training that the sentinels end, and the weights that are kept."""
+        kept = ended["update"]
+        if "restored" in ended:
+            kept, folder = ended["restored"], self.directory.best
+            with self.processes.together():
+                best = load_checkpoint(folder, kept) if self.processes.main else None
+            best = self.processes.broadcast(best)
+            assert best is not None
+            self._take(best)
+            assert self.watch is not None
+            self.watch.memory.ended = ended
+            if self.processes.main:
+                remove_checkpoints(self.directory.checkpoints, after=kept)
+        self.save(kept)
 
     def restore(self) -> int:
         """Load the latest sound checkpoint, if there is one, and return how many updates it has behind it.
@@ -305,19 +376,27 @@ class Session:
         checkpoint = self.processes.broadcast(checkpoint)
         if checkpoint is None:
             return 0
+        self._take(checkpoint)
+        if self.processes.main:
+            # A kill between a checkpoint and its export leaves the export of the checkpoint before.
+            export(self.policy.model, self.run, self.directory, updates=checkpoint.update)
+        return checkpoint.update
+
+    def _take(self, checkpoint: Checkpoint) -> None:
+        """Go on from what a checkpoint holds."""
         self.learner.load_tensors(checkpoint.tensors, steps=int(checkpoint.state["steps"]))
+        self.memory.clear()  # and not another dictionary: `gaps` lives in this one
         self.memory.update(checkpoint.state["memory"])
         if self.policy.moving:
             self.policy.moving.load_tensors(checkpoint.tensors)
         if self.scales is not None:
             self.scales.running = dict(checkpoint.state["gap_scales"])
-        if self.processes.main:  # what was counted so far goes on one account; sums over the processes stay right
-            self.policy.evaluations = int(checkpoint.state["evaluations"])
-            self.policy.measuring = int(checkpoint.state["measuring"])
-            self.score.queries = int(checkpoint.state["reward_queries"])
-            # A kill between a checkpoint and its export leaves the export of the checkpoint before.
-            export(self.policy.model, self.run, self.directory, updates=checkpoint.update)
-        return checkpoint.update
+        if self.watch is not None and "sentinels" in checkpoint.state:
+            self.watch.state = checkpoint.state["sentinels"]
+        # What was counted so far goes on one account; sums over the processes stay right.
+        self.policy.evaluations = int(checkpoint.state["evaluations"]) if self.processes.main else 0
+        self.policy.measuring = int(checkpoint.state["measuring"]) if self.processes.main else 0
+        self.score.queries = int(checkpoint.state["reward_queries"]) if self.processes.main else 0
 
     def _on_step(self, first: int) -> Callable[[int], None]:
         steps = self.policy.schedule.steps

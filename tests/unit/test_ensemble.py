@@ -246,6 +246,7 @@ def test_what_is_logged_of_a_pair() -> None:
         "gap:b": [-3, 4],
         "agreement:b": [1, 0.5],
         "scale:b": [3, 4],
+        "disagreement": [0, 1],  # gaps of 1 and 1, and of 1 and -1
         "abstained": [0, 1],
     }
     assert {name: each.tolist() for name, each in figures.items()} == expected

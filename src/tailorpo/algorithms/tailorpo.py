@@ -35,6 +35,7 @@ from torch import Tensor
 
 from tailorpo.algorithms.base import Cost, Gather, Update, alone, check_counts, common_problems
 from tailorpo.algorithms.checks import setting_problems
+from tailorpo.algorithms.gated import gated_kl
 from tailorpo.algorithms.groups import Group, StoredGroups, group_scores
 from tailorpo.algorithms.kl_step import KLStep, StoredKLStep, note_kl, see_step, step_kl
 from tailorpo.algorithms.pairs import (
@@ -108,6 +109,8 @@ class TailorPO:
             last two if a controller has the penalty (which of them turns a change of the network into most nats is a
             matter of the schedule), otherwise none.
         kl_mask: nats of KL at a step beyond which its pair trains nothing; null for no limit.
+        gated_kl: lambda, what a nat of KL at a step costs in the loss where the rewards of an ensemble disagree
+            completely on the pair (`gated`); 0 for nothing.
         reference: what the loss compares with: "base", the model as it was, or a copy that follows the policy:
             {ema: 0.9} or {every: 10}.
         kl_measured: of how many trajectories of an update the KL to the base model is measured at every step, at one
@@ -138,6 +141,7 @@ class TailorPO:
     kl_penalty: float = 0.0
     kl_steps: tuple[int, ...] | None = None
     kl_mask: float | None = None
+    gated_kl: float = 0.0
     reference: Literal["base"] | MovingReference = "base"
     kl_measured: int = 1
 
@@ -154,10 +158,9 @@ class TailorPO:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive (nats) or null, got {value}")
-        if min(self.kl_penalty, self.kl_measured) < 0:
-            raise ValueError(
-                f"kl_penalty and kl_measured must be at least 0, got {self.kl_penalty} and {self.kl_measured}"
-            )
+        for name in ("kl_penalty", "gated_kl", "kl_measured"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         check_counts(self)
 
     @property
@@ -310,7 +313,7 @@ class TailorPO:
     def loss(self, policy: Policy, sample: Pair | KLStep | StoredSample) -> Tensor:
         """The objective of each row, (B,), from the graph that the rollout left or from a new evaluation of x_k.
 
-        It is zero for candidates without an order; the KL penalty, if there is one, is added to all of them.
+        It is zero for candidates without an order; penalties of the KL, if there are any, are added to all of them.
         """
         if isinstance(sample, KLStep | StoredKLStep):
             return self.kl_penalty * step_kl(policy, sample)
@@ -319,6 +322,8 @@ class TailorPO:
         loss = torch.where(sample.valid, loss, torch.zeros_like(loss))
         if self.kl_penalty and sample.reference is not None:
             loss = loss + self.kl_penalty * gaussian.kl(sample.reference)
+        if self.gated_kl and isinstance(sample, Pair):
+            loss = loss + self.gated_kl * gated_kl(sample, gaussian)
         return loss
 
     def _objective(self, policy: Policy, pair: Pair | StoredRanking, gaussian: GaussianStep) -> Tensor:

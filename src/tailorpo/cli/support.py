@@ -94,6 +94,7 @@ def train_and_report(run: Run, directory: RunDirectory, processes: Processes) ->
         raise typer.Exit(130) from None
     if processes.main:
         print_results(results)
+        print_sentinels(directory)
         typer.echo(f"report: {(directory.path / 'report.html').resolve()}")
 
 
@@ -114,6 +115,19 @@ def print_results(results: dict[str, Any]) -> None:
     from tailorpo.describe import result_table
 
     console().print(result_table(results))
+
+
+def print_sentinels(directory: RunDirectory) -> None:
+    """What the sentinels saw, and how they ended the training, if they did."""
+    from tailorpo.describe import sentinel_table
+    from tailorpo.sentinels.series import ended_text
+
+    rows = directory.metrics()
+    table, end = sentinel_table(rows), ended_text(rows)
+    if table is not None:
+        console().print(table)
+    if end is not None:
+        typer.echo(end)
 
 
 @contextmanager

@@ -34,11 +34,12 @@ from tailorpo.noise import Key, Noise
 from tailorpo.policy import Policy
 from tailorpo.prompts import load_prompts
 from tailorpo.rewards import load_scorer
-from tailorpo.rollout import start_trajectories, walk_chains
+from tailorpo.rollout import rollout_chains, start_trajectories
 from tailorpo.run import Run
 from tailorpo.rundir import RUN, RunDirectory
 from tailorpo.statistics import plain
 from tailorpo.train import Reporter, train
+from tailorpo.trajectory_kl import walk_with_kl
 
 RESULT, CURVE = "result.json", "curve.json"
 KEPT = ("reward", "judge", "good", "distance", "vendi", "pixels", "saturation", "jpeg")
@@ -122,9 +123,11 @@ def _trajectories(run: Run, model: DiffusionModel, *, kl: bool) -> Iterator[tupl
         keys: list[tuple[Key, ...]] = [("curve", prompt) for prompt in texts]
         trajectories = start_trajectories(policy, texts, noise=noise, keys=keys)
         total = torch.zeros(len(texts))
-        for at in walk_chains(policy, trajectories, noise=noise):
-            if kl:
-                total += at.step.gaussian.kl(policy.reference_step(at.latents, at.k, trajectories.cond)).cpu()
+        if kl:
+            for step in walk_with_kl(policy, trajectories, noise=noise, rows=range(len(texts))):
+                total += step
+        else:
+            rollout_chains(policy, trajectories, noise=noise)
         yield texts, trajectories.latents, total
 
 

@@ -6,6 +6,7 @@ Nothing on it comes from the network: pictures are embedded, and its content sec
 
     __init__.py    reads the run directory and shapes what the template shows
     verdict.py     the numbers in plain words
+    sentinels.py   what the sentinels saw during training
     training.py    which curves there are, and what happened at each denoising step
     charts.py      the geometry of a curve
     page.html.j2, style.css, page.js    the page; without JavaScript only the reading-off of single values is gone
@@ -30,6 +31,7 @@ from tailorpo.environment import environment
 from tailorpo.files import atomic_write
 from tailorpo.progress import duration
 from tailorpo.report.charts import finite, short
+from tailorpo.report.sentinels import sentinel_cost, sentinel_section
 from tailorpo.report.training import history_charts, step_table, training_charts
 from tailorpo.report.verdict import change, digits_of, judge_run, number, percent, state
 
@@ -87,6 +89,7 @@ def render(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
         charts=training_charts(rows),
         history=history_charts(evaluation) if evaluation else [],
         steps=step_table(rows),
+        sentinels=sentinel_section(rows),
         pairs=pairs,
         guided=any(record["guided"] for update in pairs for records in update["trajectories"] for record in records),
         cost=_cost(rows, evaluation),
@@ -302,6 +305,7 @@ def _cost(rows: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any] | Non
             cost.append(("training time", f"{duration(sum(seconds))} ({sum(seconds) / len(seconds):.2f} s per update)"))
         for key, name in (("ties", "ties"), ("invalid", "pairs with an invalid score")):
             cost.append((name, f"{sum(finite(row.get(key)) or 0 for row in rows):,.0f} in {count:,} updates"))
+    cost += sentinel_cost(rows)
     if evaluation:
         spent = evaluation["cost"]
         cost.append(("evaluation", f"{spent['forwards']:,} network evaluations, {duration(spent['seconds'])}"))

@@ -1,5 +1,5 @@
 // Reads values off the curves: a pointer or finger moves over a chart, or the arrow keys do.
-for (const figure of document.querySelectorAll(".chart")) {
+for (const figure of document.querySelectorAll(".chart[data-chart]")) {
   const { x, left, right, lines } = JSON.parse(figure.dataset.chart);
   const svg = figure.querySelector("svg");
   const cursor = svg.querySelector(".cursor");

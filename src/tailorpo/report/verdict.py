@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tailorpo.sentinels.series import ended_text, kept_update
+
 Row = Mapping[str, Any]
 State = Literal["up", "down", "flat", "same", "unknown"]
 Tone = Literal["good", "caution", "bad", "neutral"]
@@ -99,7 +101,11 @@ def judge_run(evaluation: Mapping[str, Any] | None, rows: Sequence[Row], *, targ
     """
     done = int(rows[-1]["update"]) if rows else 0
     verdict = _evaluated(evaluation) if evaluation else _unevaluated(rows)
-    if target is not None and done < target:
+    end = ended_text(rows)
+    if end is not None:
+        verdict.sentences.insert(0, end)
+        done = kept_update(rows)
+    elif target is not None and done < target:
         verdict.sentences.append(
             f"The run is not finished: {done:,} of {target:,} updates are done. `tailorpo resume` continues it."
         )

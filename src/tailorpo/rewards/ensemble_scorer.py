@@ -27,6 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tailorpo.objectives import disagreement
 from tailorpo.rewards.ensemble import Ensemble, GapScales, own_scale, sibling_gaps
 from tailorpo.rewards.scorer import Reward, Scorer
 
@@ -41,7 +42,7 @@ class Comparison:
         objective: what guidance follows the gradient of, (n B,), with its graph if there is one.
         total: the reward of each picture alone, (n B,): the weighted sum of raw scores.
         members: every member's raw scores by name, (n B,); empty where there is no ensemble.
-        signs: of the members' weights.
+        weights: of the members.
         scales: of the members' gaps, (n B,); what they were divided by.
     """
 
@@ -49,7 +50,7 @@ class Comparison:
     objective: Tensor
     total: Tensor
     members: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    signs: dict[str, float] = field(default_factory=dict[str, float])
+    weights: dict[str, float] = field(default_factory=dict[str, float])
     scales: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     @classmethod
@@ -61,22 +62,27 @@ class Comparison:
         """What there is to log of pairs of rows, (P,) each; nothing without an ensemble.
 
         `agreement` is 1 where a member orders the pair as the ensemble does, 0 where the other way round, and 1/2 where
-        either abstains; `abstained` is 1 where the ensemble does although some member does not.
+        either abstains; `abstained` is 1 where the ensemble does although some member does not; `disagreement` is how
+        far the members are from seeing the same gap (`objectives.disagreement`).
         """
         if not self.members:
             return {}
         decision = (self.reward[winner] - self.reward[loser]).sign()
         found: dict[str, Tensor] = {}
-        opinions = torch.zeros_like(decision)
+        opinions, gaps = torch.zeros_like(decision), list[Tensor]()
         for name, score in self.members.items():
             gap = score[winner] - score[loser]
-            opinion = self.signs[name] * gap.sign()
+            opinion = math.copysign(1, self.weights[name]) * gap.sign()
             opinions += opinion.abs()
+            scale = self.scales[name][winner]
+            gaps.append(math.copysign(1, self.weights[name]) * gap / scale.where(scale > 0, 1))
             found[f"reward_winner:{name}"] = score[winner]
             found[f"reward_loser:{name}"] = score[loser]
             found[f"gap:{name}"] = gap
             found[f"agreement:{name}"] = (1 + opinion * decision) / 2
-            found[f"scale:{name}"] = self.scales[name][winner]
+            found[f"scale:{name}"] = scale
+        weights = torch.tensor(list(self.weights.values()), device=decision.device)
+        found["disagreement"] = disagreement(torch.stack(gaps), weights)
         found["abstained"] = ((decision == 0) & (opinions > 0)).float()
         return found
 
@@ -124,7 +130,7 @@ class EnsembleScorer(Scorer):
             (summed / rivals.clamp(min=1)).flatten(),
             total,
             {name: row.detach() for name, row in zip(names, rows, strict=True)},
-            {name: math.copysign(1, weight) for name, (_, weight) in zip(names, self.members, strict=True)},
+            {name: weight for name, (_, weight) in zip(names, self.members, strict=True)},
             {name: each.repeat(siblings) for name, each in zip(names, scale, strict=True)},
         )
 

@@ -1,0 +1,186 @@
+"""The rules against made-up series: quiet on healthy noise, in time where the judge falls, and a reason in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tailorpo.sentinels.config import Rules
+from tailorpo.sentinels.rules import Finding, Look, State, difference, find, judged, ratio
+
+PROMPTS = 16
+Series = dict[str, np.ndarray]
+
+
+def look(update: int, kl: float = 0.0, **values: np.ndarray) -> Look:
+    spread = dict.fromkeys(("judge", "saturation", "edges", "jpeg", "flat"), 1.0)
+    return Look(update, {name: [float(v) for v in each] for name, each in values.items()}, spread, kl)
+
+
+def states(looks: list[Look], rules: Rules | None = None) -> Iterator[tuple[State, list[Finding], Look]]:
+    """What training would hear of each look after the base, as `Watch` asks the rules."""
+    rules = rules or Rules()
+    base = best = looks[0]
+    streaks: dict[str, int] = {}
+    for number, now in enumerate(looks[1:], start=1):
+        findings = find(now, base=base, best=best, rules=rules, looks=number)
+        state, _, streaks = judged(findings, streaks, confirm=rules.confirm)
+        if state != "hacking" and now.mean("judge") > best.mean("judge"):
+            best = now
+        yield state, findings, best
+
+
+def test_a_wobbling_judge_raises_a_false_alarm_in_less_than_5_percent_of_runs() -> None:
+    """The worst of healthy runs: the judge has reached its plateau, every prompt wobbles anew at each of 40 looks by a
+    quarter of what was gained, and the trained reward rises all the time, which would make any fall suspicious."""
+    rng = np.random.default_rng(0)
+    alarms, runs = 0, 120
+    for _ in range(runs):
+        start = rng.normal(0, 1, PROMPTS)
+        looks = [look(0, judge=start, reward=start)]
+        for number in range(1, 41):
+            judge = start + (1 - math.exp(-number / 2)) + 0.25 * rng.normal(size=PROMPTS)
+            looks.append(look(number, judge=judge, reward=start + 0.1 * number))
+        alarms += any(state == "hacking" for state, _, _ in states(looks))
+    assert stats.binomtest(alarms, runs).proportion_ci(0.95, method="wilson").high < 0.05, alarms
+
+
+def turning(noise: float, seed: int, prompts: int = PROMPTS) -> list[Look]:
+    """A judge that gains 2 over ten looks and then loses it again as fast, while the reward rises on."""
+    rng = np.random.default_rng(seed)
+    start = rng.normal(0, 1, prompts)
+    looks = [look(0, judge=start, reward=start)]
+    for number in range(1, 21):
+        gain = 2 - 0.02 * (10 - number) ** 2
+        judge = start + gain + noise * rng.normal(size=prompts)
+        looks.append(look(number, kl=number**2, judge=judge, reward=start + 0.5 * number))
+    return looks
+
+
+def test_an_alarm_comes_before_a_tenth_of_the_best_gain_is_lost_where_the_noise_lets_it() -> None:
+    """True gain: 2 at look 10, 1.92 at 12 (4 % lost), 1.82 at 13 (9 %), 1.68 at 14 (16 %)."""
+    for seed in range(20):
+        heard = list(states(turning(0.05, seed)))
+        first = next(number for number, (state, _, _) in enumerate(heard, start=1) if state == "hacking")
+        assert 11 <= first <= 13
+        # What a rollback would go back to: within 4 % of the peak.
+        assert 8 <= heard[first - 1][2].update <= 12
+
+
+def test_with_more_noise_the_alarm_is_later_but_it_comes() -> None:
+    firsts = [
+        next(number for number, (state, _, _) in enumerate(states(turning(0.4, seed)), start=1) if state == "hacking")
+        for seed in range(20)
+    ]
+    assert min(firsts) >= 12  # 4 % lost
+    assert max(firsts) <= 17  # 49 % lost: the wobble of a prompt is a fifth of all that was gained
+
+
+def test_a_judge_that_falls_from_the_start_is_measured_against_the_base() -> None:
+    rng = np.random.default_rng(3)
+    start = rng.normal(0, 1, PROMPTS)
+    fallen = look(2, judge=start - 0.5 + 0.1 * rng.normal(size=PROMPTS), reward=start + 1)
+    [(state, findings, _)] = states([look(0, judge=start, reward=start), fallen])
+    assert state == "hacking"
+    assert findings[0].certain
+    assert findings[0].text.startswith("the held-out judge has fallen below the base model's: -0.")
+    assert "while the trained reward rose: +1 [" in findings[0].text
+
+
+def test_where_both_fall_it_is_a_warning_and_says_so() -> None:
+    start = np.linspace(0, 1, PROMPTS)
+    wobble = 0.01 * (-1) ** np.arange(PROMPTS)
+    [(state, findings, _)] = states(
+        [look(0, judge=start, reward=start), look(5, judge=start - 1 + wobble, reward=start - 1 + wobble)]
+    )
+    assert state == "warning"
+    assert "the trained reward has fallen, too" in findings[0].text
+
+
+def test_an_uncertain_alarm_needs_two_looks_in_a_row() -> None:
+    found = Finding("fall", "x", alarm=True)
+    state, alarms, streaks = judged([found], {}, confirm=2)
+    assert (state, alarms) == ("warning", [])
+    assert judged([found], streaks, confirm=2)[:2] == ("hacking", ["fall"])
+    _, _, broken = judged([], streaks, confirm=2)
+    assert judged([found], broken, confirm=2)[0] == "warning"
+    assert judged([Finding("fall", "x", alarm=True, certain=True)], {}, confirm=9)[0] == "hacking"
+    assert judged([Finding("drift", "x")], {}, confirm=1)[0] == "warning"
+    assert judged([], {}, confirm=1)[0] == "ok"
+
+
+def rules_of(now: Look, base: Look, **thresholds: float | None) -> dict[str, Finding]:
+    return {found.rule: found for found in find(now, base=base, best=base, rules=Rules(**thresholds))}
+
+
+def test_diversity_warns_below_its_floor_and_alarms_below_collapse() -> None:
+    base = look(0, distance=np.full(PROMPTS, 0.4))
+    wobble = 0.004 * (-1) ** np.arange(PROMPTS)
+    assert not rules_of(look(5, distance=0.36 + wobble), base)
+    warned = rules_of(look(5, distance=0.30 + wobble), base)["diversity"]
+    assert not warned.alarm
+    assert warned.text.startswith("pictures of one prompt differ 75% [")
+    assert rules_of(look(5, distance=0.16 + wobble), base)["diversity"].certain
+    assert not rules_of(look(5, distance=0.16 + wobble), base, diversity=None, collapse=None)
+    # The upper end counts: with one prompt there is none, and with a wide interval it is above the floor.
+    assert not rules_of(look(5, distance=np.array([0.1])), look(0, distance=np.array([0.4])))
+    assert not rules_of(look(5, distance=0.30 + 0.3 * (-1) ** np.arange(PROMPTS)), base)
+
+
+def test_drift_is_in_spreads_and_the_judge_can_vouch_for_it() -> None:
+    flat = np.zeros(PROMPTS)
+    wobble = 0.1 * (-1) ** np.arange(PROMPTS)
+    base = look(0, judge=flat, reward=flat, jpeg=flat, saturation=flat)
+    drifted = look(5, judge=flat, reward=flat, jpeg=-1.5 + wobble, saturation=0.5 + wobble)
+    found = rules_of(drifted, base)["drift"]
+    assert not found.alarm
+    assert "JPEG size by -1.5" in found.text
+    assert "saturation" not in found.text
+    assert not rules_of(drifted, base, drift=1.6)
+    assert not rules_of(look(5, judge=1 + wobble, reward=flat, jpeg=-1.5 + wobble), base)
+
+
+def test_disagreement_and_kl_warn() -> None:
+    flat = np.zeros(PROMPTS)
+    wobble = 0.1 * (-1) ** np.arange(PROMPTS)
+    assert "disagreement" in rules_of(look(5, disagreement=0.3 + wobble), look(0, disagreement=flat))
+    assert not rules_of(look(5, disagreement=0.1 + wobble), look(0, disagreement=flat))
+    base, best = look(0, judge=flat, reward=flat), look(5, kl=10, judge=1 + wobble, reward=1 + wobble)
+    for kl, rules in ((19, []), (21, ["kl_growth"])):
+        now = look(10, kl=kl, judge=0.99 + wobble, reward=2 + wobble)
+        found = find(now, base=base, best=best, rules=Rules(fall=None))
+        assert [each.rule for each in found] == rules
+    assert not find(look(10, kl=99, judge=1.01 + wobble, reward=flat), base=base, best=best, rules=Rules())
+
+
+def test_intervals_are_students_over_prompts_that_have_a_number_in_both() -> None:
+    rng = np.random.default_rng(5)
+    now, then = rng.normal(1, 1, 30), rng.normal(0, 1, 30)
+    looks = [look(1, judge=now), look(0, judge=then)]
+    looks[0].values["judge"][3] = None
+    looks[1].values["judge"][7] = None
+    both = [index for index in range(30) if index not in (3, 7)]
+    expected = stats.ttest_1samp((now - then)[both], 0).confidence_interval(0.99)
+    found = difference(looks[0], looks[1], "judge", confidence=0.99)
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert difference(looks[0], looks[1], "nothing", confidence=0.99) is None
+
+
+def test_a_ratio_covers_the_true_ratio_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(6)
+    covered = 0
+    for _ in range(400):
+        level = rng.gamma(20, 0.02, PROMPTS)
+        now = 0.7 * level + 0.03 * rng.normal(size=PROMPTS)
+        found = ratio(look(1, distance=now), look(0, distance=level), "distance", confidence=0.9)
+        assert found is not None
+        assert found.low is not None
+        assert found.high is not None
+        covered += found.low <= 0.7 <= found.high
+    assert 0.86 <= covered / 400 <= 0.94
+    assert ratio(look(1, distance=np.ones(3)), look(0, distance=np.zeros(3)), "distance", confidence=0.9) is None
