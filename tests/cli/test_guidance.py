@@ -32,7 +32,7 @@ def test_mistakes_are_said_together(tmp_path: Path, tiny_folder: Path) -> None:
     wrong = {"name": "tailorpo", "labels": "soft", "guidance": guidance}
     message = refused("train", write_recipe(tmp_path, tiny_folder, algorithm=wrong))
     assert "needs algorithm.tau" in message
-    assert "is for hard labels" in message
+    assert "is for dpo with hard labels" in message
     message = refused(
         "train", write_recipe(tmp_path, tiny_folder, algorithm=GUIDED), "algorithm.guidance.anneal.over=0"
     )
