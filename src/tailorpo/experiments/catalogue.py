@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tailorpo.experiments import gradient_direction, hacking, step_reward
+from tailorpo.experiments import gradient_direction, pushed, step_reward
 from tailorpo.experiments.grid import Grid, Variant
 from tailorpo.experiments.measurement import Measurement
 
@@ -296,7 +296,7 @@ MEASUREMENTS = (
         plot=gradient_direction.plot,
     ),
     Measurement(
-        name="hacking",
+        name="pushed",
         question="What do judge, diversity and KL show while a reward is pushed until the pictures break?",
         paper="Figure 11",
         statistic="change against the base model at every evaluation, intervals over prompts",
@@ -311,9 +311,9 @@ MEASUREMENTS = (
         ),
         sizes={"updates": 20, "points": 10},
         quick={"updates": 2, "points": 2},
-        cost=hacking.cost,
-        measure=hacking.measure,
-        table=hacking.table,
-        plot=hacking.plot,
+        cost=pushed.cost,
+        measure=pushed.measure,
+        table=pushed.table,
+        plot=pushed.plot,
     ),
 )
