@@ -51,7 +51,7 @@ def test_methods_in_quick_trains_evaluates_and_is_then_finished(tmp_path: Path, 
     assert "begun" not in tailorpo(*asked).output
 
 
-@pytest.mark.parametrize("name", ["step-reward", "gradient-direction", "pair-worth", "hacking"])
+@pytest.mark.parametrize("name", ["step-reward", "gradient-direction", "pair-worth", "pushed"])
 def test_measurements_in_quick(name: str, tmp_path: Path, tiny_folder: Path) -> None:
     result = tailorpo("experiment", name, f"model.path={tiny_folder}", "--quick", *RECIPES, "--work", tmp_path)
     assert result.exit_code == 0, result.output
@@ -71,7 +71,7 @@ def test_what_cannot_be_is_said() -> None:
     assert "no cell of methods matches nobody" in refused("experiment", "methods", "--only", "nobody", *RECIPES)
     assert "--recipes" in refused("experiment", "methods", "--recipes", "/nowhere")
     assert "--states" in refused("experiment", "methods", "--states", "3", *RECIPES)
-    assert "hacking has no pairs" in refused("experiment", "hacking", "--pairs", "3", *RECIPES)
+    assert "pushed has no pairs" in refused("experiment", "pushed", "--pairs", "3", *RECIPES)
 
 
 def test_the_page_gets_the_results_there_are(tmp_path: Path) -> None:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tailorpo.experiments import gradient_direction, hacking, pair_worth, step_reward
+from tailorpo.experiments import beyond, gradient_direction, pair_worth, pushed, step_reward
 from tailorpo.experiments.grid import Grid, Variant
 from tailorpo.experiments.measurement import Measurement
-
-PREFERENCE, JPEG, COLOUR = "emoji_preference", "jpeg_compressibility", "colourfulness"
+from tailorpo.experiments.protocol import BUDGET, COLOUR, EVALUATION, JPEG, PREFERENCE
 
 METHODS = (
     Variant(name="DDPO", recipe="emoji_ddpo.yaml", tuned="DDPO"),
@@ -100,21 +99,12 @@ OBJECTS = tuple(
 FINALISTS = ("best", "second best")
 """Of the nine settings that `tune` and `refine` tried of a method: what `confirm` runs once more."""
 
-BUDGET = 5_600
-"""Guided network evaluations of every run: 20 updates of the demo. Methods are compared where they were tuned."""
-
 ON_OBJECTS = (
     f"prompts={{list: [{', '.join(OBJECTS)}]}}",
     "eval.prompts_seen=null",
     "eval.prompts_unseen=null",
     "eval.judge=null",
     "eval.seeds=2",
-)
-EVALUATION = (
-    "eval.seeds=2",
-    "eval.batch_size=32",
-    "eval.prompts_unseen={name: animals_unseen}",
-    "eval.judge={name: emoji_judge}",
 )
 
 
@@ -296,6 +286,7 @@ GRIDS = (
         overrides=EVALUATION,
         reference="sigma, k 4",
     ),
+    *beyond.GRIDS,
 )
 
 MEASUREMENTS = (
@@ -342,7 +333,7 @@ MEASUREMENTS = (
         plot=pair_worth.plot,
     ),
     Measurement(
-        name="hacking",
+        name="pushed",
         question="What do judge, diversity and KL show while a reward is pushed until the pictures break?",
         paper="Figure 11",
         statistic="change against the base model at every evaluation, intervals over prompts",
@@ -357,9 +348,9 @@ MEASUREMENTS = (
         ),
         sizes={"updates": 20, "points": 10},
         quick={"updates": 2, "points": 2},
-        cost=hacking.cost,
-        measure=hacking.measure,
-        table=hacking.table,
-        plot=hacking.plot,
+        cost=pushed.cost,
+        measure=pushed.measure,
+        table=pushed.table,
+        plot=pushed.plot,
     ),
 )

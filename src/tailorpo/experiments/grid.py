@@ -32,7 +32,8 @@ class Variant:
     Attributes:
         name: what tables and plots call it.
         recipe: the run file it starts from, in recipes/.
-        overrides: the settings it replaces, each `key.sub=value`.
+        overrides: the settings it replaces, each `key.sub=value`; `<reward>` stands for the cell's reward.
+        rewards: the grid's rewards it is for; all of them if empty.
         tuned: the name under which tuning has a winner for it; the variant's own overrides come after the winner's.
         proxy: (reward, its stand-in): trains on the stand-in while the reward measures; there for that reward only.
     """
@@ -40,6 +41,7 @@ class Variant:
     name: str
     recipe: str
     overrides: tuple[str, ...] = ()
+    rewards: tuple[str, ...] = ()
     tuned: str | None = None
     proxy: tuple[str, str] | None = None
 
@@ -176,7 +178,8 @@ def plans(
                     tuned = (winners or {}).get(variant.tuned or "", ())
                     trained = variant.proxy[1] if variant.proxy else reward
                     common = (*grid.overrides, *overrides, f"seed={seed}")
-                    settings = (f"reward={{name: {trained}}}", *tuned, *variant.overrides, *common)
+                    own = (setting.replace("<reward>", reward) for setting in variant.overrides)
+                    settings = (f"reward={{name: {trained}}}", *tuned, *own, *common)
                     measured = Run.load(recipes / MEASURED, [f"reward={{name: {reward}}}", *common])
                     found.append(_plan(grid, cell, recipes / variant.recipe, settings, measured=measured))
     samplers = {run.sampler for plan in found for run in (plan.run, plan.measured)}
@@ -195,13 +198,14 @@ def missing_recipes(grid: Grid, recipes: Path) -> list[str]:
 
 def _possible(variant: Variant, reward: str, recipes: Path, overrides: Sequence[str]) -> bool:
     """Whether the variant's recipe exists and its method can work with the reward."""
-    if variant.proxy and variant.proxy[0] != reward:
+    if (variant.proxy and variant.proxy[0] != reward) or (variant.rewards and reward not in variant.rewards):
         return False
     if not (recipes / variant.recipe).is_file():
         return False
     # Under a reward that has a gradient, since only then any method loads.
     trained = variant.proxy[1] if variant.proxy else "brightness"
-    run = Run.load(recipes / variant.recipe, [f"reward={{name: {trained}}}", *variant.overrides, *overrides])
+    own = (setting.replace("<reward>", "colourfulness") for setting in variant.overrides)
+    run = Run.load(recipes / variant.recipe, [f"reward={{name: {trained}}}", *own, *overrides])
     differentiable = {info.name: info.differentiable for info in describe_rewards()}
     return not run.algorithm.needs_gradient or differentiable.get(reward) is not False
 

@@ -1,0 +1,104 @@
+"""Two experiments on what this library has beyond the paper, as data.
+
+`beyond` takes TailorPO and TailorPO-G as the other experiments found them best, and changes one thing at a time; the
+last rows put the best of it together. `hacking` trains on rewards that do not mean what they say: alone, in an ensemble
+with two preference models under every rule, and alone with sentinels.
+"""
+
+from __future__ import annotations
+
+from tailorpo.experiments.grid import Grid, Variant
+from tailorpo.experiments.protocol import BUDGET, COLOUR, EVALUATION, JPEG, PREFERENCE
+from tailorpo.prompts import PromptsConfig, load_prompts
+
+HACKABLE = (JPEG, COLOUR)
+_SYMMETRIC = "algorithm.guidance={form: sigma, k: 8.0, symmetric: true}"
+
+_PLAIN = {
+    "TailorPO": (),
+    "best and worst of 4": ("algorithm.candidates=4",),
+    "Plackett-Luce of 4": ("algorithm.candidates=4", "algorithm.objective=plackett_luce"),
+    "soft labels": ("algorithm.labels=soft", "algorithm.tau=auto", "algorithm.beta=0.2"),
+    "IPO": ("algorithm.objective=ipo", "algorithm.beta=0.1"),
+    "measured label smoothing": ("algorithm.label_smoothing=auto", f"algorithm.misranks={PREFERENCE}"),
+    "moving reference": ("algorithm.reference={ema: 0.9}",),
+    "lookahead 2": ("algorithm.step_reward={lookahead: 2}",),
+    "KL target 100": ("algorithm.kl_target=100",),
+}
+_GUIDED = {
+    "TailorPO-G": (),
+    "G, symmetric": (_SYMMETRIC,),
+    "G, best of 4": ("algorithm.candidates=4",),
+    "G, soft labels": ("algorithm.labels=soft", "algorithm.tau=auto", "algorithm.beta=0.2"),
+    "G, moving reference": ("algorithm.reference={ema: 0.9}",),
+    "G, KL target 100": ("algorithm.kl_target=100",),
+    "G, symmetric, KL target 100": (_SYMMETRIC, "algorithm.kl_target=100"),
+}
+"""Settings that no other experiment has tuned: the strengths are those at which a trained step's fixed point is at some
+nats of KL (docs/algorithms/tailorpo.md), chosen before the runs."""
+
+BEYOND = tuple(
+    Variant(name=name, recipe=recipe, overrides=overrides, tuned=tuned)
+    for tuned, recipe, rows in (
+        ("TailorPO", "emoji_tailorpo.yaml", _PLAIN),
+        ("TailorPO-G", "emoji_tailorpo_g.yaml", _GUIDED),
+    )
+    for name, overrides in rows.items()
+)
+
+_MEMBERS = f"[{{name: <reward>}}, {{name: {PREFERENCE}}}, {{name: emoji_step_preference}}]"
+_PUSHED = ("algorithm.beta=0.02", "optimizer.lr=2e-3")
+"""Hard enough that a reward that can be hacked is hacked within the budget; as in `pushed`."""
+_SENTINELS = ("sentinels.every=1", "sentinels.judge={name: emoji_judge}")
+
+
+def _hacking(name: str, *overrides: str, rewards: tuple[str, ...] = HACKABLE) -> Variant:
+    return Variant(name=name, recipe="emoji_tailorpo.yaml", overrides=(*_PUSHED, *overrides), rewards=rewards)
+
+
+HACKING = (
+    _hacking("alone", *_SENTINELS, rewards=(*HACKABLE, PREFERENCE)),
+    _hacking("alone, rolled back", *_SENTINELS, "sentinels.on_alarm=rollback"),
+    _hacking("alone, beta raised", *_SENTINELS, "sentinels.on_alarm=raise_beta"),
+    _hacking("weighted sum", f"reward={_MEMBERS}"),
+    *(
+        _hacking(rule.replace("_", " "), f"reward={_MEMBERS}", f"ensemble.rule={rule}")
+        for rule in ("mean", "worst_case", "uncertainty", "majority", "pareto", "soft_vote")
+    ),
+    _hacking("mean, gated KL", f"reward={_MEMBERS}", "ensemble.rule=mean", "algorithm.gated_kl=0.1"),
+    _hacking(
+        "mean, rolled back", f"reward={_MEMBERS}", "ensemble.rule=mean", *_SENTINELS, "sentinels.on_alarm=rollback"
+    ),
+)
+
+HACKING_BUDGET = 2_400
+"""Ten updates: JPEG size and colourfulness have gone from pictures to flat or garish ones by then (`pushed`)."""
+
+FEWER_PROMPTS = (f"eval.prompts_seen={{list: [{', '.join(load_prompts(PromptsConfig(name='animals'))[::2])}]}}",)
+"""Every second animal: the effects are large, and the evaluation would cost three times the training."""
+
+GRIDS = (
+    Grid(
+        name="beyond",
+        question="Which of the things beyond the paper are worth having, at equal network evaluations?",
+        paper="none",
+        statistic="as in methods",
+        variants=BEYOND,
+        seeds={PREFERENCE: (1, 2, 3)},
+        budget=BUDGET,
+        overrides=EVALUATION,
+        reference="TailorPO-G",
+    ),
+    Grid(
+        name="hacking",
+        question="What keeps a model from fooling its reward: ensembles, their rules, or sentinels?",
+        paper="none; Figure 11 shows the problem",
+        statistic="as in methods, against the judge; alarms by update",
+        variants=HACKING,
+        seeds=dict.fromkeys((*HACKABLE, PREFERENCE), (1, 2, 3)),
+        budget=HACKING_BUDGET,
+        overrides=(*EVALUATION, *FEWER_PROMPTS),
+        reference="alone",
+        points=1,
+    ),
+)
