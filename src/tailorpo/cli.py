@@ -231,6 +231,7 @@ def evaluate_(
             with processes.together():
                 model = run.model.load(pick_device(), seed=run.seed)
                 load_trained(model, run.model, trained_folder(run.model, directory))
+                processes.shard(model.networks())
             results = _evaluate(run, directory, model, reporter=reporter, processes=processes)
         if processes.main:
             _print_results(results)

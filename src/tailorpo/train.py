@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -21,8 +22,10 @@ import torch
 from torch import Tensor
 
 from tailorpo._distributed import ALONE, Processes, pick_device
+from tailorpo._sharding import in_shards
 from tailorpo.algorithms.base import Algorithm, Stored
 from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
+from tailorpo.algorithms.reward_backprop import RewardBackprop
 from tailorpo.checkpoint import load_latest_checkpoint, save_checkpoint
 from tailorpo.errors import ProcessError, UserError
 from tailorpo.metrics import UpdateMetrics
@@ -87,6 +90,7 @@ def train(run: Run, directory: RunDirectory, *, reporter: Reporter, processes: P
         if isinstance(run.algorithm, DiffusionDPO):
             reporter.phase("encoding the pairs")
             run.algorithm.load(policy.model, on_picture=reporter.step)
+        processes.shard(policy.model.networks())
     learner = Learner(policy.model.trainable(), run.optimizer, processes)
     session = Session(
         run, policy, score=score, learner=learner, directory=directory, reporter=reporter, processes=processes
@@ -100,7 +104,8 @@ def train(run: Run, directory: RunDirectory, *, reporter: Reporter, processes: P
     try:
         for update in range(finished, run.updates):
             started = time.perf_counter()
-            metrics = session.update(update)
+            with processes.computing():
+                metrics = session.update(update)
             metrics["seconds"] = time.perf_counter() - started
             if processes.main:
                 directory.append_metrics(metrics)
@@ -215,6 +220,7 @@ class Session:
         algorithm = self.algorithm
         sizes = self.processes.gather([len(rows) for rows in stored])
         before = sum(map(len, sizes[: self.processes.rank]))
+        owners = [rank for rank, part in enumerate(sizes) for _ in part]
         for epoch in range(algorithm.inner_epochs):
             chunks: list[tuple[int, list[int]]] = []
             for number, size in enumerate(size for part in sizes for size in part):
@@ -227,7 +233,20 @@ class Session:
             for start in range(0, len(shuffled), algorithm.accumulate):
                 group = shuffled[start : start + algorithm.accumulate]
                 own = [stored[at].rows(torch.tensor(rows)) for at, rows in group if 0 <= at < len(stored)]
+                if self.processes.sharding is not None:
+                    most = max(Counter(owners[before + at] for at, _ in group).values())
+                    self._keep_pace(most - len(own))
                 yield own, len(group)
+
+    def _keep_pace(self, calls: int) -> None:
+        """Forwards and backwards that count for nothing, while other processes have minibatches and this one has none:
+        theirs gather the shards that this one holds."""
+        model = self.policy.model
+        x = torch.zeros(1, *model.latent_shape, device=model.device)
+        for _ in range(calls):
+            time = int(self.policy.schedule.time[0])
+            scale = self.run.sampler.guidance_scale
+            self.learner.backward(0 * model.predict(x, time, model.encode([""]), guidance_scale=scale).sum())
 
     def save(self, update: int) -> None:
         """Write a checkpoint after `update` updates, and what was trained in diffusers' format.
@@ -235,7 +254,9 @@ class Session:
         Raises:
             ProcessError: the processes have not come to the same parameters.
         """
-        if len(set(self.processes.gather(_digest(self.learner.parameters)))) > 1:
+        # What is in shards there is once; the rest must be the same everywhere.
+        copies = {name: each for name, each in self.learner.parameters.items() if not in_shards(each)}
+        if len(set(self.processes.gather(_digest(copies)))) > 1:
             raise ProcessError(
                 f"the processes hold different parameters after update {update}, so nothing was saved of it; do they"
                 " run on unequal devices or versions? Go on from the last checkpoint with `tailorpo resume`"
@@ -249,11 +270,12 @@ class Session:
         if self.scales is not None:
             self.scales.settle(self.processes.gather)
             state["gap_scales"] = self.scales.running
+        tensors: dict[str, Tensor] = {}
+        if self.processes.main or self.processes.sharding is not None:
+            tensors = self.learner.tensors(keep=self.processes.main)
         if self.processes.main:
-            save_checkpoint(
-                self.directory.path / "checkpoints", update=update, tensors=self.learner.tensors(), state=state
-            )
-            export(self.policy.model, self.run, self.directory, updates=update)
+            save_checkpoint(self.directory.path / "checkpoints", update=update, tensors=tensors, state=state)
+            export(self.policy.model, self.run, self.directory, updates=update, tensors=tensors)
 
     def restore(self) -> int:
         """Load the latest sound checkpoint, if there is one, and return how many updates it has behind it.
@@ -274,7 +296,9 @@ class Session:
             self.policy.evaluations = int(checkpoint.state["evaluations"])
             self.score.queries = int(checkpoint.state["reward_queries"])
             # A kill between a checkpoint and its export leaves the export of the checkpoint before.
-            export(self.policy.model, self.run, self.directory, updates=checkpoint.update)
+            export(
+                self.policy.model, self.run, self.directory, updates=checkpoint.update, tensors=checkpoint.tensors
+            )
         return checkpoint.update
 
     def _on_step(self, first: int) -> Callable[[int], None]:
@@ -299,6 +323,19 @@ def check_shares(run: Run, processes: Processes) -> None:
             f"{processes.count} processes share the batches of an update, and there are {batches}: batch.trajectories"
             f" {trajectories} by batch.micro {micro}. Start fewer processes, take more trajectories, or a smaller"
             f" batch.micro (at most {max(trajectories // processes.count, 1)})"
+        )
+    if processes.sharding is None:
+        return
+    if batches % processes.count:
+        raise UserError(
+            f"with FSDP every process has to make the same network calls, and {processes.count} processes cannot share"
+            f" {batches} batches (batch.trajectories {trajectories} by batch.micro {micro}) equally: make"
+            f" batch.trajectories a multiple of {processes.count * micro}, or start without FSDP"
+        )
+    if isinstance(run.algorithm, RewardBackprop) and run.algorithm.truncation == "random":
+        raise UserError(
+            "with FSDP every process has to make the same network calls, and algorithm.truncation: random makes"
+            " gradients of different depth; say fixed, or start without FSDP"
         )
 
 
