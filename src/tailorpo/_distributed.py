@@ -100,14 +100,20 @@ class Processes:
             broadcast_object_list(values)
         return values[0]
 
-    def shard(self, networks: Sequence[nn.Module]) -> None:
-        """Cut networks into shards, in place, if that is what accelerate is configured for.
+    def shard(self, networks: Sequence[nn.Module]) -> str | None:
+        """Cut networks into shards, in place, if that is what accelerate is configured for, and say so.
 
         Raises:
             UserError: they cannot be.
         """
-        if self.sharding is not None:
-            self.sharding.shard(networks, self.count)
+        if self.sharding is None:
+            return None
+        from tailorpo._sharding import held_bytes
+
+        before = sum(map(held_bytes, networks))
+        self.sharding.shard(networks, self.count)
+        held = sum(map(held_bytes, networks))
+        return f"in shards: each process holds {held / 2**20:,.1f} of the denoising network's {before / 2**20:,.1f} MiB"
 
     @contextmanager
     def computing(self) -> Generator[None]:
@@ -128,8 +134,9 @@ class Processes:
     def reduce_gradients(self, parameters: Sequence[nn.Parameter], loss: float) -> float:
         """Replace every gradient by its sum over the processes, and return that of the loss.
 
-        Parameters in shards are left alone: the backward has added up their gradients. For the others float32 buffers make the way, an adapter's gradients in one. Ahead of them go the loss and how many processes
-        have a gradient of each parameter; where none has, it stays None and the optimizer leaves the parameter alone.
+        Parameters in shards are left alone: the backward has added up their gradients. For the others float32 buffers
+        make the way, an adapter's gradients in one. Ahead of them go the loss and how many processes have a gradient of
+        each parameter; where none has, it stays None and the optimizer leaves the parameter alone.
 
         Raises:
             ProcessError: another process is gone.
@@ -186,9 +193,9 @@ def open_processes() -> Generator[Processes]:
     for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if _flag(f"ACCELERATE_USE_{name}"):
             raise UserError(
-                f"accelerate is configured with {name}, which tailorpo does not support. Choose multi-GPU in `accelerate"
-                " config`, where every process holds the whole model, or FSDP version 2, where it holds a part; with"
-                " fsdp_reshard_after_forward: false that shares out what ZeRO-2 does"
+                f"accelerate is configured with {name}, which tailorpo does not support. Choose multi-GPU in"
+                " `accelerate config`, where every process holds the whole model, or FSDP version 2, where it holds a"
+                " part of the model, of the gradients and of the optimizer's state"
             )
     sharding = _sharding() if _flag("ACCELERATE_USE_FSDP") else None
     if launched() == 1:
@@ -310,7 +317,10 @@ def _sharding() -> Sharding:
         UserError: it asks for something that tailorpo does not do.
     """
     from accelerate.utils import FullyShardedDataParallelPlugin
-    from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+    from accelerate.utils.fsdp_utils import (
+        fsdp2_prepare_auto_wrap_policy,  # pyright: ignore[reportUnknownVariableType]
+    )
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
     from tailorpo._sharding import Sharding
 
@@ -325,13 +335,13 @@ def _sharding() -> Sharding:
     ):
         if _flag(f"FSDP_{setting}"):
             raise UserError(f"accelerate's fsdp_{setting.lower()} is on, {instead}; turn it off")
-    if os.environ.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP").upper() == "NO_WRAP":
-        os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"  # by the blocks that the network itself names
-    plugin = FullyShardedDataParallelPlugin()
+    plugin: Any = FullyShardedDataParallelPlugin()
+    if plugin.auto_wrap_policy is None:
+        plugin.auto_wrap_policy = transformer_auto_wrap_policy  # by the blocks that the network itself names
 
     def blocks(network: nn.Module) -> Callable[[nn.Module], bool]:
         try:
-            policy = cast(Callable[[nn.Module], bool] | None, fsdp2_prepare_auto_wrap_policy(plugin, network))
+            policy = fsdp2_prepare_auto_wrap_policy(plugin, network)
         except ValueError as error:
             raise UserError(f"accelerate's fsdp_transformer_layer_cls_to_wrap: {error}") from error
         return policy or (lambda module: False)

@@ -1,16 +1,17 @@
-"""Networks in shards: every process keeps a part of each parameter and gathers a block's whole ones while it computes.
+"""Networks in shards: a process keeps a part of each parameter and gathers a block's whole ones while it computes.
 
-This is FSDP2, torch's `fully_shard` (Zhao et al. 2023, arXiv 2304.11277, is its ancestor), as accelerate's configuration
-asks for it. What it cuts:
+This is FSDP2, torch's `fully_shard` (after Zhao et al. 2023, arXiv 2304.11277), as accelerate's configuration asks for
+it. What it cuts:
 
-    LoRA    the frozen network alone. The adapter stays whole on every process, so that its gradients are reduced, clipped
-            and saved as ever.
+    LoRA    the frozen network alone. The adapter stays whole on every process, so that its gradients are reduced,
+            clipped and saved as ever.
     full    the trained network with its gradients and the optimizer's moments, and the frozen copy. torch adds up the
-            gradients of every backward among the processes and hands each its part; they are not averaged, because the
-            loss is divided by the size of the whole batch already.
+            gradients of every backward among the processes and hands each its part; they are not averaged, because
+            the loss is divided by the size of the whole batch already.
 
-Since a forward gathers, all processes have to make the same forwards and backwards in the same order. `train.check_shares`
-refuses what would not, `Session.minibatches` and the evaluation fill up with calls that count for nothing.
+Since a forward gathers, all processes have to make the same forwards and backwards in the same order.
+`train.check_shares` refuses what would not; `Session.minibatches` and the evaluation fill up with calls that count for
+nothing.
 
 Left out, and refused: FSDP 1, parameters on the CPU, and FSDP's own recomputation (model.gradient_checkpointing does
 that). The VAE, text encoders and rewards stay whole: they are small, or frozen networks that people put on a device of
@@ -19,11 +20,9 @@ their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

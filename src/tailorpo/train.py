@@ -90,7 +90,9 @@ def train(run: Run, directory: RunDirectory, *, reporter: Reporter, processes: P
         if isinstance(run.algorithm, DiffusionDPO):
             reporter.phase("encoding the pairs")
             run.algorithm.load(policy.model, on_picture=reporter.step)
-        processes.shard(policy.model.networks())
+        in_words = processes.shard(policy.model.networks())
+    if in_words:
+        reporter.note(in_words)
     learner = Learner(policy.model.trainable(), run.optimizer, processes)
     session = Session(
         run, policy, score=score, learner=learner, directory=directory, reporter=reporter, processes=processes
@@ -272,7 +274,8 @@ class Session:
             state["gap_scales"] = self.scales.running
         tensors: dict[str, Tensor] = {}
         if self.processes.main or self.processes.sharding is not None:
-            tensors = self.learner.tensors(keep=self.processes.main)
+            with self.processes.computing():
+                tensors = self.learner.tensors(keep=self.processes.main)
         if self.processes.main:
             save_checkpoint(self.directory.path / "checkpoints", update=update, tensors=tensors, state=state)
             export(self.policy.model, self.run, self.directory, updates=update, tensors=tensors)
@@ -296,9 +299,7 @@ class Session:
             self.policy.evaluations = int(checkpoint.state["evaluations"])
             self.score.queries = int(checkpoint.state["reward_queries"])
             # A kill between a checkpoint and its export leaves the export of the checkpoint before.
-            export(
-                self.policy.model, self.run, self.directory, updates=checkpoint.update, tensors=checkpoint.tensors
-            )
+            export(self.policy.model, self.run, self.directory, updates=checkpoint.update, tensors=checkpoint.tensors)
         return checkpoint.update
 
     def _on_step(self, first: int) -> Callable[[int], None]:
