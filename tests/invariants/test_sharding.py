@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,6 @@ import processes as many
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_processes import METHODS, SHARED, metrics, norm
 from tiny_run import settings, write_recipe
 
 from tailorpo._distributed import Processes
@@ -19,6 +21,16 @@ from tailorpo.errors import UserError
 from tailorpo.run import Run
 from tailorpo.train import check_shares
 
+METHODS: dict[str, dict[str, Any]] = {
+    "guided": {"name": "tailorpo", "train_steps": 2, "guidance": {"form": "sigma", "k": 0.5}},
+    "buffered": {"name": "tailorpo", "train_steps": 2, "update": "buffered", "minibatch": 1, "accumulate": 3},
+}
+# A large eps makes Adam's step a smooth function of the gradient, so that rounding stays small.
+SHARED: dict[str, Any] = {
+    "updates": 2,
+    "batch": {"trajectories": 4, "micro": 2},
+    "optimizer": {"lr": 1e-2, "eps": 1e-2, "weight_decay": 0.0},
+}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
@@ -26,14 +38,21 @@ def checkpoint(run: Path, update: int) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / f"update-{update:06d}" / "tensors.safetensors")
 
 
-@pytest.mark.parametrize(("method", "full"), [("tailorpo-g", False), ("buffered", True)])
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def norm(tensors: Iterable[torch.Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
+
+
+@pytest.mark.parametrize(("method", "full"), [("guided", False), ("buffered", True)])
 def test_in_shards_two_processes_train_as_one_does(tiny_folder: Path, tmp_path: Path, method: str, full: bool) -> None:
     """The buffered update deals out its minibatches unequally, so that a process has to fill up."""
     model: dict[str, Any] = {"path": str(tiny_folder)} | (
         {"lora": None, "full": True} if full else {"lora": {"rank": 2}}
     )
-    batch = {"trajectories": 4, "micro": 2}
-    data = settings(tiny_folder, algorithm=METHODS[method], **{**SHARED, "batch": batch, "model": model})
+    data = settings(tiny_folder, algorithm=METHODS[method], model=model, **SHARED)
     for count in (1, 2):
         folder = tmp_path / str(count)
         ended = many.run(
