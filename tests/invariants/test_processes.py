@@ -75,7 +75,7 @@ def norm(tensors: Iterable[Tensor]) -> float:
 # Four batches for three processes are shares of 1, 1 and 2.
 @pytest.mark.parametrize(
     ("method", "several", "trajectories", "micro"),
-    [*((method, 2, 6, 2) for method in METHODS), ("tailorpo", 3, 4, 1)],
+    [*((method, 2, 6, 2) for method in METHODS), ("d3po", 3, 8, 2)],
 )
 def test_several_processes_train_as_one_does(
     tiny_folder: Path, tmp_path: Path, method: str, several: int, trajectories: int, micro: int
