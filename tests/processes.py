@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_run import tailorpo
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from tailorpo import _distributed
 from tailorpo._distributed import Processes, open_processes
@@ -157,6 +158,23 @@ def record() -> None:
         save(session, update)
 
     Session.final_reward, Session.save = drawing, saving
+
+
+def record_shards() -> None:
+    """The same of networks in shards: at every checkpoint, how many bytes this process holds of how many."""
+    folder, rank, save = Path(os.environ["RECORDS"]), os.environ["RANK"], Session.save
+
+    def saving(session: Session, update: int) -> None:
+        networks = session.policy.model.networks()
+        held = [p.to_local() if isinstance(p, DTensor) else p for net in networks for p in net.parameters()]
+        sizes = (
+            sum(p.untyped_storage().nbytes() for p in held),
+            sum(p.nbytes for n in networks for p in n.parameters()),
+        )
+        (folder / f"bytes-{rank}-{update}.txt").write_text(" ".join(map(str, sizes)))
+        save(session, update)
+
+    Session.save = saving
 
 
 def without_reduction() -> None:

@@ -10,7 +10,9 @@ processes take the step that one would take, up to the order of that sum. Trajec
 by number, so what is drawn does not depend on who draws it.
 
 The network is not wrapped: the reduction is one visible call (docs/decisions/0007-gradients-are-reduced-explicitly.md).
-Left out, and refused: FSDP, DeepSpeed and Megatron, which take over the model or the optimizer.
+Where accelerate is configured with FSDP2 the network is cut into shards besides (`_sharding`), and what is trained in
+shards has its gradients added up by torch. Left out, and refused: DeepSpeed and Megatron, which take over the model or
+the optimizer (docs/decisions/0008-fsdp2-shards-the-network.md).
 
 Between the processes of one run objects travel as pickles, as accelerate sends them; nothing from outside does.
 """
@@ -18,17 +20,20 @@ Between the processes of one run objects travel as pickles, as accelerate sends 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from tailorpo.errors import ProcessError, TailorpoError, UserError
+
+if TYPE_CHECKING:
+    from tailorpo._sharding import Sharding
 
 DEVICE, TIMEOUT = "TAILORPO_DEVICE", "TAILORPO_TIMEOUT"
 DEFAULT_TIMEOUT = 600
@@ -50,6 +55,8 @@ class Processes:
 
     rank: int = 0
     count: int = 1
+    sharding: Sharding | None = None
+    """How networks are cut into shards; None where every process holds them whole."""
 
     @property
     def main(self) -> bool:
@@ -93,18 +100,53 @@ class Processes:
             broadcast_object_list(values)
         return values[0]
 
+    def shard(self, networks: Sequence[nn.Module]) -> str | None:
+        """Cut networks into shards, in place, if that is what accelerate is configured for, and say so.
+
+        Raises:
+            UserError: they cannot be.
+        """
+        if self.sharding is None:
+            return None
+        from tailorpo._sharding import held_bytes
+
+        before = sum(map(held_bytes, networks))
+        self.sharding.shard(networks, self.count)
+        held = sum(map(held_bytes, networks))
+        return f"in shards: each process holds {held / 2**20:,.1f} of the denoising network's {before / 2**20:,.1f} MiB"
+
+    @contextmanager
+    def computing(self) -> Generator[None]:
+        """Around network calls: where they gather shards, the end of another process shows there first.
+
+        Raises:
+            ProcessError: another process is gone.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            # gloo's errors have no class of their own.
+            of_others = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+            if self.sharding is None or not of_others:
+                raise
+            raise _gone(error) from error
+
     def reduce_gradients(self, parameters: Sequence[nn.Parameter], loss: float) -> float:
         """Replace every gradient by its sum over the processes, and return that of the loss.
 
-        Float32 buffers make the way, an adapter's gradients in one. Ahead of them go the loss and how many processes
-        have a gradient of each parameter; where none has, it stays None and the optimizer leaves the parameter alone.
+        Parameters in shards are left alone: the backward has added up their gradients. For the others float32 buffers
+        make the way, an adapter's gradients in one. Ahead of them go the loss and how many processes have a gradient of
+        each parameter; where none has, it stays None and the optimizer leaves the parameter alone.
 
         Raises:
             ProcessError: another process is gone.
         """
         if self.count == 1:
             return loss
+        from tailorpo._sharding import in_shards
+
         device = parameters[0].device
+        parameters = [parameter for parameter in parameters if not in_shards(parameter)]
         present = torch.tensor([loss, *(float(p.grad is not None) for p in parameters)], device=device)
         total, *holders = cast(list[float], _sum(present).tolist())
         held = [parameter for parameter, count in zip(parameters, holders, strict=True) if count]
@@ -148,13 +190,14 @@ def open_processes() -> Generator[Processes]:
     Raises:
         UserError: accelerate is configured for something that is not supported, or the processes cannot be connected.
     """
-    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+    for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if _flag(f"ACCELERATE_USE_{name}"):
             raise UserError(
-                f"accelerate is configured with {name}, which tailorpo does not support: every process holds the whole"
-                " model and shares the trajectories. Choose multi-GPU in `accelerate config`, or start with"
-                " `accelerate launch --multi_gpu --num_processes N -m tailorpo ...` or torchrun"
+                f"accelerate is configured with {name}, which tailorpo does not support. Choose multi-GPU in"
+                " `accelerate config`, where every process holds the whole model, or FSDP version 2, where it holds a"
+                " part of the model, of the gradients and of the optimizer's state"
             )
+    sharding = _sharding() if _flag("ACCELERATE_USE_FSDP") else None
     if launched() == 1:
         yield ALONE
         return
@@ -165,7 +208,7 @@ def open_processes() -> Generator[Processes]:
         state: Any = PartialState(cpu=pick_device().type == "cpu", timeout=timedelta(seconds=seconds))
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the {launched()} processes cannot be connected: {error}") from error
-    yield Processes(int(state.process_index), int(state.num_processes))
+    yield Processes(int(state.process_index), int(state.num_processes), sharding)
     # Not after an error: others may wait for this process, and learn from its end that it will not come.
     state.destroy_process_group()
 
@@ -256,11 +299,54 @@ def _connection() -> Generator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise ProcessError(
-            "another process of this run has failed, was stopped or did not answer in time; its own message, if it"
-            " left one, says why. What was saved is kept: go on with `tailorpo resume`"
-            f" ({str(error).splitlines()[0][:200]})"
-        ) from error
+        raise _gone(error) from error
+
+
+def _gone(error: RuntimeError) -> ProcessError:
+    return ProcessError(
+        "another process of this run has failed, was stopped or did not answer in time; its own message, if it"
+        " left one, says why. What was saved is kept: go on with `tailorpo resume`"
+        f" ({str(error).splitlines()[0][:200]})"
+    )
+
+
+def _sharding() -> Sharding:
+    """What accelerate's configuration says of FSDP.
+
+    Raises:
+        UserError: it asks for something that tailorpo does not do.
+    """
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import (
+        fsdp2_prepare_auto_wrap_policy,  # pyright: ignore[reportUnknownVariableType]
+    )
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+    from tailorpo._sharding import Sharding
+
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError(
+            "accelerate is configured with FSDP 1, and tailorpo supports version 2: set fsdp_version: 2 in accelerate's"
+            " configuration, or launch with `--use_fsdp --fsdp_version 2`"
+        )
+    for setting, instead in (
+        ("OFFLOAD_PARAMS", "which has not been tried here"),
+        ("ACTIVATION_CHECKPOINTING", "which model.gradient_checkpointing in the run file does"),
+    ):
+        if _flag(f"FSDP_{setting}"):
+            raise UserError(f"accelerate's fsdp_{setting.lower()} is on, {instead}; turn it off")
+    plugin: Any = FullyShardedDataParallelPlugin()
+    if plugin.auto_wrap_policy is None:
+        plugin.auto_wrap_policy = transformer_auto_wrap_policy  # by the blocks that the network itself names
+
+    def blocks(network: nn.Module) -> Callable[[nn.Module], bool]:
+        try:
+            policy = fsdp2_prepare_auto_wrap_policy(plugin, network)
+        except ValueError as error:
+            raise UserError(f"accelerate's fsdp_transformer_layer_cls_to_wrap: {error}") from error
+        return policy or (lambda module: False)
+
+    return Sharding(blocks, bool(plugin.reshard_after_forward))
 
 
 class AccelerateTrackers:

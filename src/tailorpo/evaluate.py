@@ -47,7 +47,7 @@ from tailorpo.noise import Noise
 from tailorpo.policy import Policy
 from tailorpo.prompts import load_prompts
 from tailorpo.rewards import load_scorer
-from tailorpo.rollout import sample_images
+from tailorpo.rollout import rollout_chains, sample_images, start_trajectories
 from tailorpo.sentinels.series import kept_update
 from tailorpo.statistics import (
     compare,
@@ -124,7 +124,8 @@ def evaluate(
     if processes.main:
         shutil.rmtree(partial, ignore_errors=True)
     reporter.phase(f"evaluating: {len(prompts)} prompts, {run.eval.seeds} seeds, base and aligned")
-    drawn = _draw(run, model, prompts, meter, partial, step=reporter.step, processes=processes)
+    with processes.computing():
+        drawn = _draw(run, model, prompts, meter, partial, step=reporter.step, processes=processes)
     forwards = processes.total(model.evaluations - counter)
     model.evaluations = counter  # what evaluation costs is its own account, not training's
     result: dict[str, Any] = {}
@@ -186,6 +187,8 @@ def _draw(
     for first in range(0, len(batches), processes.count):
         own = batches[first : first + processes.count][processes.rank : processes.rank + 1]
         for side in SIDES:
+            if not own and processes.sharding is not None:
+                _keep_pace(policy, batches[-1], prompts, side, noise)
             pictures = [each for batch in own for each in _pictures(policy, batch, prompts, side, meter, noise)]
             for each in (picture for part in processes.gather(pictures) for picture in part):
                 done += 1
@@ -203,6 +206,21 @@ def _draw(
                 atomic_write(path, each.png)
             step(done, 2 * len(jobs))
     return drawn
+
+
+def _keep_pace(
+    policy: Policy, batch: Sequence[tuple[int, int]], prompts: Sequence[tuple[Group, str]], side: Side, noise: Noise
+) -> None:
+    """Draw pictures for nothing, while other processes draw theirs and gather the shards that this one holds."""
+    model, counted = policy.model, policy.model.evaluations
+    with torch.no_grad(), model.reference() if side == "base" else nullcontext():
+        keys = [("eval", prompts[index][1], seed) for index, seed in batch]
+        rollout_chains(
+            policy,
+            start_trajectories(policy, [prompts[index][1] for index, _ in batch], noise=noise, keys=keys),
+            noise=noise,
+        )
+    model.evaluations = counted
 
 
 def _pictures(

@@ -85,11 +85,14 @@ class Learner:
             DivergedError: the loss or the gradient is not finite; the parameters are left as they were.
             ProcessError: another process is gone.
         """
+        from tailorpo._sharding import whole
+
         own = sum((float(part) for part in self._parts), 0.0)
         self._parts = []
         loss = self.processes.reduce_gradients(list(self.parameters.values()), own)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.grad_clip or math.inf))
+        clip = self.config.grad_clip or math.inf
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), clip)))
         if gradients and not (math.isfinite(loss) and math.isfinite(norm)):
             raise DivergedError(
                 f"training has diverged: loss {loss}, gradient norm {norm}. No step was taken with it and the"
@@ -115,13 +118,23 @@ class Learner:
         self._losses, self._norms = [], []
         return metrics
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Parameters and optimizer state under names that do not change, on the CPU."""
+    def tensors(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """Parameters and optimizer state under names that do not change, whole, on the CPU.
+
+        Args:
+            keep: whether the caller wants them. Where parameters are in shards all processes have to call this
+                together, and usually one alone has a use for the result.
+        """
+        from tailorpo._sharding import whole
+
         state: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
-            state[f"parameter/{name}"] = parameter.detach().cpu().contiguous()
-            for key, value in self._adamw.state.get(parameter, {}).items():
-                state[f"optimizer/{key}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+            found = {f"parameter/{name}": parameter.detach()}
+            found |= {f"optimizer/{key}/{name}": value for key, value in self._adamw.state.get(parameter, {}).items()}
+            for key, value in found.items():
+                gathered = whole(torch.as_tensor(value).detach())
+                if keep:
+                    state[key] = gathered.cpu().contiguous()
         return state
 
     def load_tensors(self, tensors: Mapping[str, Tensor], *, steps: int) -> None:
@@ -130,6 +143,8 @@ class Learner:
         Raises:
             CheckpointError: the tensors are those of other parameters.
         """
+        from tailorpo._sharding import cut_like
+
         names = {name.removeprefix("parameter/") for name in tensors if name.startswith("parameter/")}
         if names != self.parameters.keys() or any(
             tensors[f"parameter/{name}"].shape != parameter.shape for name, parameter in self.parameters.items()
@@ -140,12 +155,12 @@ class Learner:
         self._adamw.state.clear()
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[f"parameter/{name}"])
+                parameter.copy_(cut_like(tensors[f"parameter/{name}"], parameter))
         for key_name, value in tensors.items():
             kind, _, rest = key_name.partition("/")
             if kind == "optimizer":
                 key, _, name = rest.partition("/")
                 parameter = self.parameters[name]
-                placed = value.clone() if key == "step" else value.to(parameter.device, copy=True)
+                placed = value.clone() if key == "step" else cut_like(value.clone(), parameter)
                 self._adamw.state[parameter][key] = placed
         self.steps = steps

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from tailorpo._distributed import ALONE, Processes, pick_device
+from tailorpo._sharding import in_shards
 from tailorpo.algorithms.base import Algorithm, Stored
 from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
 from tailorpo.algorithms.labels import GAP_DECAY
@@ -34,7 +37,7 @@ from tailorpo.checkpoint import (
     save_checkpoint,
 )
 from tailorpo.control import adapted, observe
-from tailorpo.errors import ProcessError, UserError
+from tailorpo.errors import ProcessError
 from tailorpo.metrics import UpdateMetrics
 from tailorpo.models import DiffusionModel
 from tailorpo.moving_reference import MovingReference, ParameterCopy
@@ -49,6 +52,7 @@ from tailorpo.rollout import Trajectories, start_trajectories
 from tailorpo.run import Run
 from tailorpo.rundir import RunDirectory
 from tailorpo.sentinels.watch import Ended, Watch, open_watch
+from tailorpo.sharing import check_shares
 from tailorpo.tracking import open_trackers
 from tailorpo.trained import export
 
@@ -100,7 +104,10 @@ def train(run: Run, directory: RunDirectory, *, reporter: Reporter, processes: P
         if isinstance(run.algorithm, DiffusionDPO):
             reporter.phase("encoding the pairs")
             run.algorithm.load(policy.model, on_picture=reporter.step)
+        in_words = processes.shard(policy.model.networks())
         watch = open_watch(run, policy, score, processes)
+    if in_words:
+        reporter.note(in_words)
     learner = Learner(policy.model.trainable(), run.optimizer, processes)
     session = Session(
         run,
@@ -125,7 +132,8 @@ def train(run: Run, directory: RunDirectory, *, reporter: Reporter, processes: P
     try:
         for update in range(finished, run.updates):
             started = time.perf_counter()
-            metrics = session.update(update)
+            with processes.computing():
+                metrics = session.update(update)
             metrics["seconds"] = time.perf_counter() - started
             ended = session.look(update + 1, metrics)
             if processes.main:
@@ -175,6 +183,9 @@ class Session:
         method = run.algorithm
         labels_by_gaps = isinstance(method, TailorPO) and method.tau == "auto"
         self.gaps = GapScales(GAP_DECAY, self.memory) if labels_by_gaps else None
+        if isinstance(method, TailorPO) and processes.sharding is not None:
+            # Only the process that holds the first trajectory would call the base model.
+            self.algorithm = method = replace(method, kl_measured=0)
         self._measured = method.kl_measured if isinstance(method, TailorPO) else 0
         if isinstance(method, TailorPO) and isinstance(method.reference, MovingReference):
             policy.moving = ParameterCopy(learner.parameters, method.reference)
@@ -278,6 +289,7 @@ class Session:
         algorithm = self.algorithm
         sizes = self.processes.gather([len(rows) for rows in stored])
         before = sum(map(len, sizes[: self.processes.rank]))
+        owners = [rank for rank, part in enumerate(sizes) for _ in part]
         for epoch in range(algorithm.inner_epochs):
             chunks: list[tuple[int, list[int]]] = []
             for number, size in enumerate(size for part in sizes for size in part):
@@ -290,7 +302,20 @@ class Session:
             for start in range(0, len(shuffled), algorithm.accumulate):
                 group = shuffled[start : start + algorithm.accumulate]
                 own = [stored[at].rows(torch.tensor(rows)) for at, rows in group if 0 <= at < len(stored)]
+                if self.processes.sharding is not None:
+                    most = max(Counter(owners[before + at] for at, _ in group).values())
+                    self._keep_pace(most - len(own))
                 yield own, len(group)
+
+    def _keep_pace(self, calls: int) -> None:
+        """Forwards and backwards that count for nothing, while other processes have minibatches and this one has none:
+        theirs gather the shards that this one holds."""
+        model = self.policy.model
+        x = torch.zeros(1, *model.latent_shape, device=model.device)
+        for _ in range(calls):
+            time = int(self.policy.schedule.time[0])
+            scale = self.run.sampler.guidance_scale
+            self.learner.backward(0 * model.predict(x, time, model.encode([""]), guidance_scale=scale).sum())
 
     def save(self, update: int) -> None:
         """Write a checkpoint after `update` updates, and what was trained in diffusers' format.
@@ -298,17 +323,19 @@ class Session:
         Raises:
             ProcessError: the processes have not come to the same parameters.
         """
-        if len(set(self.processes.gather(_digest(self.learner.parameters)))) > 1:
+        # What is in shards there is once; the rest must be the same everywhere.
+        copies = {name: each for name, each in self.learner.parameters.items() if not in_shards(each)}
+        if len(set(self.processes.gather(_digest(copies)))) > 1:
             raise ProcessError(
                 f"the processes hold different parameters after update {update}, so nothing was saved of it; do they"
                 " run on unequal devices or versions? Go on from the last checkpoint with `tailorpo resume`"
             )
-        self._write(self.directory.checkpoints, update)
+        tensors = self._write(self.directory.checkpoints, update)
         if self.processes.main:
-            export(self.policy.model, self.run, self.directory, updates=update)
+            export(self.policy.model, self.run, self.directory, updates=update, tensors=tensors)
 
-    def _write(self, folder: Path, update: int) -> None:
-        """A checkpoint into `folder`, by the main process."""
+    def _write(self, folder: Path, update: int) -> dict[str, Tensor]:
+        """A checkpoint into `folder`, by the main process; returns the tensors in it there."""
         if self.gaps is not None:
             self.gaps.settle(self.processes.gather)
         state: dict[str, Any] = {
@@ -323,9 +350,14 @@ class Session:
             state["gap_scales"] = self.scales.running
         if self.watch is not None:
             state["sentinels"] = self.watch.state
+        tensors: dict[str, Tensor] = {}
+        if self.processes.main or self.processes.sharding is not None:
+            with self.processes.computing():
+                tensors = self.learner.tensors(keep=self.processes.main)
         if self.processes.main:
-            tensors = self.learner.tensors() | (self.policy.moving.tensors() if self.policy.moving else {})
+            tensors |= self.policy.moving.tensors() if self.policy.moving else {}
             save_checkpoint(folder, update=update, tensors=tensors, state=state)
+        return tensors
 
     def begin_watch(self) -> None:
         """Let the sentinels see the base model, the first time a run gets here."""
@@ -379,7 +411,7 @@ class Session:
         self._take(checkpoint)
         if self.processes.main:
             # A kill between a checkpoint and its export leaves the export of the checkpoint before.
-            export(self.policy.model, self.run, self.directory, updates=checkpoint.update)
+            export(self.policy.model, self.run, self.directory, updates=checkpoint.update, tensors=checkpoint.tensors)
         return checkpoint.update
 
     def _take(self, checkpoint: Checkpoint) -> None:
@@ -406,21 +438,6 @@ class Session:
             self.reporter.step(before + done, total)
 
         return on_step
-
-
-def check_shares(run: Run, processes: Processes) -> None:
-    """Refuse a run with fewer batches in an update than processes.
-
-    Raises:
-        UserError: says how many there are, and what to change.
-    """
-    trajectories, micro, batches = run.batch.trajectories, run.batch.micro, run.batch.batches
-    if batches < processes.count:
-        raise UserError(
-            f"{processes.count} processes share the batches of an update, and there are {batches}: batch.trajectories"
-            f" {trajectories} by batch.micro {micro}. Start fewer processes, take more trajectories, or a smaller"
-            f" batch.micro (at most {max(trajectories // processes.count, 1)})"
-        )
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from torch import Tensor
 
 from tailorpo.base_model import BaseModel
 from tailorpo.errors import UserError
@@ -40,13 +43,20 @@ def load_trained(model: DiffusionModel, config: ModelConfig, folder: Path) -> No
         model.load_lora(folder)
 
 
-def export(model: DiffusionModel, run: Run, directory: RunDirectory, *, updates: int) -> None:
-    """Write what is trained, replacing older files each as a whole; a LoRA with what was trained in its header."""
+def export(
+    model: DiffusionModel, run: Run, directory: RunDirectory, *, updates: int, tensors: Mapping[str, Tensor]
+) -> None:
+    """Write what is trained, replacing older files each as a whole; a LoRA with what was trained in its header.
+
+    `tensors` are those of the checkpoint: a network that is trained as a whole may be here in shards only.
+    """
     full, lora = run.model.full, run.model.lora
     folder = directory.unet if full else directory.lora
     with storage_errors(folder), TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         if full:
-            model.save_unet(Path(temporary))
+            prefix = "parameter/"
+            weights = {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
+            model.save_unet(Path(temporary), weights)
         else:
             model.save_lora(Path(temporary))
         folder.mkdir(exist_ok=True)

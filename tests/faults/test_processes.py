@@ -135,11 +135,17 @@ def test_more_processes_than_batches_are_refused(tiny_folder: Path, tmp_path: Pa
 
 def test_what_is_not_supported_is_refused(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_recipe(tmp_path, tiny_folder)
-    for name in ("FSDP", "DEEPSPEED"):
+    for name in ("MEGATRON_LM", "DEEPSPEED"):
         with monkeypatch.context() as patch:
             patch.setenv(f"ACCELERATE_USE_{name}", "true")
             message = refused("train", path, "--out", tmp_path / "run")
             assert f"accelerate is configured with {name}, which tailorpo does not support" in message
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_FSDP", "true")
+        assert "set fsdp_version: 2" in refused("train", path, "--out", tmp_path / "run")
+        patch.setenv("FSDP_VERSION", "2")
+        patch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+        assert "fsdp_offload_params is on" in refused("train", path, "--out", tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
         result = tailorpo("train", path, "updates=1", "--out", tmp_path / "run")

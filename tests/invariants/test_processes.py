@@ -27,6 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "minibatch": 1,
         "accumulate": 3,
     },
+    "d3po": {"name": "d3po", "minibatch": 1, "accumulate": 4},
     "ddpo": {"name": "ddpo", "history": 4, "history_min": 2, "minibatch": 2, "accumulate": 5},
     "ensemble": {"name": "tailorpo", "train_steps": 2},
     "kl target": {"name": "tailorpo", "train_steps": 2, "kl_target": 0.01, "kl_measured": 3},
@@ -73,27 +74,34 @@ def norm(tensors: Iterable[Tensor]) -> float:
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_two_processes_train_as_one_does(tiny_folder: Path, tmp_path: Path, method: str) -> None:
+# Four batches for three processes are shares of 1, 1 and 2.
+@pytest.mark.parametrize(
+    ("method", "several", "trajectories", "micro"),
+    [*((method, 2, 6, 2) for method in METHODS), ("d3po", 3, 8, 2)],
+)
+def test_several_processes_train_as_one_does(
+    tiny_folder: Path, tmp_path: Path, method: str, several: int, trajectories: int, micro: int
+) -> None:
     rewards, controlled = ENSEMBLE if method == "ensemble" else {}, method == "kl target"
-    data = settings(tiny_folder, algorithm=METHODS[method], **SHARED, **rewards)
-    for count in (1, 2):
+    batch = {"trajectories": trajectories, "micro": micro}
+    data = settings(tiny_folder, algorithm=METHODS[method], **{**SHARED, "batch": batch}, **rewards)
+    for count in (1, several):
         folder = tmp_path / str(count)
         ended = many.run(count, folder, many.training, data, folder / "run", prepare=many.record)
         assert [each.exit_code for each in ended] == [0] * count, ended
-    one, two = tmp_path / "1", tmp_path / "2"
+    one, many_ = tmp_path / "1", tmp_path / str(several)
 
-    # The first update's trajectories, numbers 0 to 5, are drawn by equal parameters: every bit is the same, and so is
-    # every figure but the norm of the summed gradient.
-    ours, theirs = drawn(one, 1), drawn(two, 2)
+    # The first update's trajectories, the lowest numbers, are drawn by equal parameters: every bit is the same, and so
+    # is every figure but the norm of the summed gradient.
+    ours, theirs = drawn(one, 1), drawn(many_, several)
     assert ours.keys() == theirs.keys()
-    assert len(ours) == 12
-    first = [name for name in ours if int(name.split()[0]) < 6]
-    assert len(first) == 6
+    assert len(ours) == 2 * trajectories
+    first = [name for name in ours if int(name.split()[0]) < trajectories]
+    assert len(first) == trajectories
     assert all(torch.equal(ours[name], theirs[name]) for name in first)
     assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-4) for name in ours)
 
-    a, b = metrics(one / "run"), metrics(two / "run")
+    a, b = metrics(one / "run"), metrics(many_ / "run")
     assert list(map(list, a)) == list(map(list, b))  # the same figures in the same order
     ours_first, theirs_first = flat(a[0]), flat(b[0])
     summed = {".loss", ".grad_norm"}
@@ -109,8 +117,10 @@ def test_two_processes_train_as_one_does(tiny_folder: Path, tmp_path: Path, meth
 
     # The processes hold the same bits; and those are one process's up to rounding, compared with how far they moved.
     for update in (1, 2):
-        mine, first_rank, second_rank = (parameters(*which, update) for which in ((one, 0), (two, 0), (two, 1)))
-        assert all(torch.equal(first_rank[name], second_rank[name]) for name in mine)
+        mine, first_rank, *others = (
+            parameters(*which, update) for which in ((one, 0), *((many_, rank) for rank in range(several)))
+        )
+        assert all(torch.equal(first_rank[name], other[name]) for name in mine for other in others)
         for kind in ("parameter/", "optimizer/exp_avg/"):
             names = [name for name in mine if name.startswith(kind)]
             moved = norm(mine[name] for name in names if ".lora_B." in name)  # which started at zero

@@ -334,7 +334,7 @@ def test_policy_and_reference_are_equal_before_the_first_update_and_the_referenc
     after = policy.step(x, 1, cond).gaussian
     assert (after.mean - before.mean).abs().max() > 1e-3
     assert torch.equal(policy.reference_step(x, 1, cond).mean, reference.mean)
-    model.save_unet(tmp_path / "unet")
+    model.save_unet(tmp_path / "unet", model.trainable())
     again = load(folder, family=family, full=True, dtype=dtype)
     again.load_unet(tmp_path / "unet")
     assert torch.equal(Policy(again, policy.sampler).step(x, 1, cond).gaussian.mean, after.mean)
@@ -344,7 +344,7 @@ def test_what_is_trained_is_said_where_it_cannot_be_saved(sd: Path, tmp_path: Pa
     whole, adapter, frozen = load(sd, full=True), load(sd, lora=LoRA(rank=2)), load(sd)
     calls: list[Callable[[], Any]] = [
         lambda: whole.save_lora(tmp_path),
-        lambda: adapter.save_unet(tmp_path),
+        lambda: adapter.save_unet(tmp_path, {}),
         lambda: frozen.load_lora(tmp_path),
         lambda: whole.load_unet(tmp_path / "nothing"),
         frozen.reference,

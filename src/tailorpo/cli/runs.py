@@ -143,6 +143,7 @@ def evaluate(
             with processes.together():
                 model = run.model.load(pick_device(), seed=run.seed)
                 load_trained(model, run.model, trained_folder(run.model, directory))
+                processes.shard(model.networks())
             results = evaluate_and_report(run, directory, model, reporter=reporter, processes=processes)
         if processes.main:
             print_results(results)

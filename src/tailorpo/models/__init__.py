@@ -6,7 +6,7 @@ off for the reference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,8 +130,13 @@ class DiffusionModel(Protocol):
         """Read what `save_lora` wrote into the adapter."""
         ...
 
-    def save_unet(self, folder: Path) -> None:
-        """Write the network, trained as a whole, as a `unet` folder in diffusers' format."""
+    def networks(self) -> Sequence[nn.Module]:
+        """The networks that `predict` calls: the trained one and, where that is another, the reference."""
+        ...
+
+    def save_unet(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write the network, trained as a whole, as a `unet` folder in diffusers' format; `weights` are its values, by
+        the names of `trainable`."""
         ...
 
     def load_unet(self, folder: Path) -> None:

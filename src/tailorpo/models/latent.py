@@ -13,7 +13,7 @@ encoders.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self
@@ -151,8 +151,11 @@ class LatentDiffusion(ABC):
     def load_lora(self, folder: Path) -> None:
         self._adapter().load(folder)
 
-    def save_unet(self, folder: Path) -> None:
-        self._full().save(folder)
+    def networks(self) -> Sequence[nn.Module]:
+        return self.trained.networks
+
+    def save_unet(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        self._full().save(folder, weights)
 
     def load_unet(self, folder: Path) -> None:
         self._full().load(folder)

@@ -15,7 +15,7 @@ ignored. Left out: guidance (there is no unconditional model to guide away from)
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -112,7 +112,10 @@ class GaussianMixture:
     def load_lora(self, folder: Path) -> None:
         raise UserError(f"the Gaussian mixture has no LoRA to read from {folder}")
 
-    def save_unet(self, folder: Path) -> None:
+    def networks(self) -> Sequence[nn.Module]:
+        return ()
+
+    def save_unet(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         raise UserError(f"the Gaussian mixture has no network to write to {folder}")
 
     def load_unet(self, folder: Path) -> None:

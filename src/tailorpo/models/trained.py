@@ -16,7 +16,7 @@ Left out: float16 for full fine-tuning (its gradients need a loss scale), and a 
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,6 +51,11 @@ class Trained(Protocol):
 
     unet: UNet2DConditionModel
 
+    @property
+    def networks(self) -> Sequence[nn.Module]:
+        """All that is ever called."""
+        ...
+
     def precision(self) -> AbstractContextManager[Any]:
         """Within it the network is called."""
         ...
@@ -66,6 +71,10 @@ class Frozen:
     def __init__(self, unet: UNet2DConditionModel) -> None:
         self.unet = unet
 
+    @property
+    def networks(self) -> Sequence[nn.Module]:
+        return (self.unet,)
+
     def precision(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
@@ -80,6 +89,10 @@ class Adapter:
         self.unet = unet
         self.lora = lora
         self._attach(seed)
+
+    @property
+    def networks(self) -> Sequence[nn.Module]:
+        return (self.unet,)
 
     def precision(self) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -158,6 +171,10 @@ class Full:
         self.unet: UNet2DConditionModel = unet.float().requires_grad_(True)
 
     @property
+    def networks(self) -> Sequence[nn.Module]:
+        return (self.unet, self._reference)
+
+    @property
     def reference_bytes(self) -> int:
         """What the frozen copy takes."""
         return sum(parameter.numel() * parameter.element_size() for parameter in self._reference.parameters())
@@ -175,9 +192,11 @@ class Full:
         finally:
             self.unet = trained
 
-    def save(self, folder: Path) -> None:
-        """Write the network as a folder in diffusers' format, in float32."""
-        unet: Any = self.unet
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write the network with the given values, by name, as a folder in diffusers' format, in float32."""
+        with torch.device("meta"):
+            unet: Any = UNet2DConditionModel.from_config(self.unet.config)
+        unet.load_state_dict(weights, assign=True)
         unet.save_pretrained(str(folder), safe_serialization=True)
 
     def load(self, folder: Path) -> None:
