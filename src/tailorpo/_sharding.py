@@ -10,8 +10,8 @@ it. What it cuts:
             the loss is divided by the size of the whole batch already.
 
 Since a forward gathers, all processes have to make the same forwards and backwards in the same order.
-`sharing.check_shares` refuses what would not; `Session.minibatches` and the evaluation fill up with calls that count for
-nothing.
+`sharing.check_shares` refuses what would not; `Session.minibatches` and the evaluation fill up with calls that count
+for nothing.
 
 Left out, and refused: FSDP 1, parameters on the CPU, and FSDP's own recomputation (model.gradient_checkpointing does
 that). The VAE, text encoders and rewards stay whole: they are small, or frozen networks that people put on a device of
