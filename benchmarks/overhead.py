@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from common import Call, Observed, observe, save
 
+from tailorpo import keeping
 from tailorpo.pair_gallery import gallery_updates
 from tailorpo.run import Run
 
@@ -99,7 +100,7 @@ def main() -> None:
             kinds.append(by_kind)
             print(f"update {cpu:6.2f} s, its raw calls {raw_cpu:6.2f} s, ratio {cpu / raw_cpu:.3f}", flush=True)
         started = time.perf_counter()
-        observed.session.save(1)
+        keeping.save(observed.session, 1)
         checkpoint = time.perf_counter() - started
     result = {
         "recipe": options.recipe.name,

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tailorpo import _distributed
+from tailorpo import train as loop
 from tailorpo._distributed import Processes, open_processes
 from tailorpo.progress import Silent
 from tailorpo.run import Run
@@ -144,7 +145,7 @@ def record() -> None:
     """Write what every process draws, and the parameters it comes to, into the folder $RECORDS."""
     _distributed.BUFFER = 1000  # more than one buffer for the tiny model's adapter
     folder, rank = Path(os.environ["RECORDS"]), os.environ["RANK"]
-    final_reward, save = Session.final_reward, Session.save
+    final_reward, save = Session.final_reward, loop.save
     drawn: dict[str, Tensor] = {}
 
     def drawing(session: Session, trajectories: Any) -> Tensor:
@@ -157,12 +158,12 @@ def record() -> None:
         save_file(session.learner.tensors(), folder / f"parameters-{rank}-{update}.safetensors")
         save(session, update)
 
-    Session.final_reward, Session.save = drawing, saving
+    Session.final_reward, loop.save = drawing, saving
 
 
 def record_shards() -> None:
     """The same of networks in shards: at every checkpoint, how many bytes this process holds of how many."""
-    folder, rank, save = Path(os.environ["RECORDS"]), os.environ["RANK"], Session.save
+    folder, rank, save = Path(os.environ["RECORDS"]), os.environ["RANK"], loop.save
 
     def saving(session: Session, update: int) -> None:
         networks = session.policy.model.networks()
@@ -174,7 +175,7 @@ def record_shards() -> None:
         (folder / f"bytes-{rank}-{update}.txt").write_text(" ".join(map(str, sizes)))
         save(session, update)
 
-    Session.save = saving
+    loop.save = saving
 
 
 def without_reduction() -> None:

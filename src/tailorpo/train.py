@@ -12,32 +12,22 @@ running this loop on its part (`_distributed`). The main process alone writes.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from tailorpo._distributed import ALONE, Processes, pick_device
-from tailorpo._sharding import in_shards
 from tailorpo.algorithms.base import Algorithm, Stored
 from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
 from tailorpo.algorithms.labels import GAP_DECAY
 from tailorpo.algorithms.tailorpo import TailorPO
-from tailorpo.checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    load_latest_checkpoint,
-    remove_checkpoints,
-    save_checkpoint,
-)
 from tailorpo.control import adapted, observe
-from tailorpo.errors import ProcessError
+from tailorpo.keeping import begin_watch, end, look, restore, save
 from tailorpo.metrics import UpdateMetrics
 from tailorpo.models import DiffusionModel
 from tailorpo.moving_reference import MovingReference, ParameterCopy
@@ -51,10 +41,9 @@ from tailorpo.rewards.ensemble import GapScales
 from tailorpo.rollout import Trajectories, start_trajectories
 from tailorpo.run import Run
 from tailorpo.rundir import RunDirectory
-from tailorpo.sentinels.watch import Ended, Watch, open_watch
+from tailorpo.sentinels.watch import Watch, open_watch
 from tailorpo.sharing import check_shares
 from tailorpo.tracking import open_trackers
-from tailorpo.trained import export
 
 
 class Reporter(Protocol):
@@ -119,7 +108,7 @@ def train(run: Run, directory: RunDirectory, *, reporter: Reporter, processes: P
         processes=processes,
         watch=watch,
     )
-    finished = session.restore()
+    finished = restore(session)
     if watch is not None and watch.over:
         reporter.note("the sentinels have ended this run; `tailorpo resume RUN sentinels.on_alarm=warn` trains on")
         return policy.model
@@ -127,7 +116,7 @@ def train(run: Run, directory: RunDirectory, *, reporter: Reporter, processes: P
         trackers = open_trackers(run, directory if processes.main else None)
         if processes.main:
             directory.truncate_metrics(finished)
-    session.begin_watch()
+    begin_watch(session)
     reporter.phase("training")
     try:
         for update in range(finished, run.updates):
@@ -135,16 +124,16 @@ def train(run: Run, directory: RunDirectory, *, reporter: Reporter, processes: P
             with processes.computing():
                 metrics = session.update(update)
             metrics["seconds"] = time.perf_counter() - started
-            ended = session.look(update + 1, metrics)
+            ended = look(session, update + 1, metrics)
             if processes.main:
                 directory.append_metrics(metrics)
             trackers.log(metrics, step=update + 1)
             reporter.update(metrics)
             if ended is not None:
-                session.end(ended)
+                end(session, ended)
                 break
             if (update + 1) % run.checkpoint_every == 0 or update + 1 == run.updates:
-                session.save(update + 1)
+                save(session, update + 1)
     finally:
         trackers.close()
     return policy.model
@@ -317,119 +306,6 @@ class Session:
             scale = self.run.sampler.guidance_scale
             self.learner.backward(0 * model.predict(x, time, model.encode([""]), guidance_scale=scale).sum())
 
-    def save(self, update: int) -> None:
-        """Write a checkpoint after `update` updates, and what was trained in diffusers' format.
-
-        Raises:
-            ProcessError: the processes have not come to the same parameters.
-        """
-        # What is in shards there is once; the rest must be the same everywhere.
-        copies = {name: each for name, each in self.learner.parameters.items() if not in_shards(each)}
-        if len(set(self.processes.gather(_digest(copies)))) > 1:
-            raise ProcessError(
-                f"the processes hold different parameters after update {update}, so nothing was saved of it; do they"
-                " run on unequal devices or versions? Go on from the last checkpoint with `tailorpo resume`"
-            )
-        tensors = self._write(self.directory.checkpoints, update)
-        if self.processes.main:
-            export(self.policy.model, self.run, self.directory, updates=update, tensors=tensors)
-
-    def _write(self, folder: Path, update: int) -> dict[str, Tensor]:
-        """A checkpoint into `folder`, by the main process; returns the tensors in it there."""
-        if self.gaps is not None:
-            self.gaps.settle(self.processes.gather)
-        state: dict[str, Any] = {
-            "steps": self.learner.steps,
-            "evaluations": self.processes.total(self.policy.evaluations),
-            "measuring": self.processes.total(self.policy.measuring),
-            "reward_queries": self.processes.total(self.score.queries),
-            "memory": self.memory,
-        }
-        if self.scales is not None:
-            self.scales.settle(self.processes.gather)
-            state["gap_scales"] = self.scales.running
-        if self.watch is not None:
-            state["sentinels"] = self.watch.state
-        tensors: dict[str, Tensor] = {}
-        if self.processes.main or self.processes.sharding is not None:
-            with self.processes.computing():
-                tensors = self.learner.tensors(keep=self.processes.main)
-        if self.processes.main:
-            tensors |= self.policy.moving.tensors() if self.policy.moving else {}
-            save_checkpoint(folder, update=update, tensors=tensors, state=state)
-        return tensors
-
-    def begin_watch(self) -> None:
-        """Let the sentinels see the base model, the first time a run gets here."""
-        if self.watch is not None and self.watch.memory.base is None:
-            self.reporter.phase("sentinels: the base model")
-            self.watch.begin(self.reporter.step)
-            self._keep(0)
-
-    def look(self, update: int, metrics: dict[str, Any]) -> Ended | None:
-        """Let the sentinels look after `update` updates, if it is time, and put what they say into the update's row;
-        returns how they end the training, if they do."""
-        watch = self.watch
-        if watch is None or not watch.due(update):
-            return None
-        metrics["sentinel"] = watch.look(update, self.memory, self.reporter.step)
-        self._keep(update)
-        return watch.memory.ended
-
-    def _keep(self, update: int) -> None:
-        """Keep what a rollback would go back to, where pruning does not reach it."""
-        if self.watch is not None and self.watch.config.on_alarm == "rollback" and self.watch.is_best:
-            self._write(self.directory.best, update)
-
-    def end(self, ended: Ended) -> None:
-        """The last checkpoint of a training that the sentinels end, and the weights that are kept."""
-        kept = ended["update"]
-        if "restored" in ended:
-            kept, folder = ended["restored"], self.directory.best
-            with self.processes.together():
-                best = load_checkpoint(folder, kept) if self.processes.main else None
-            best = self.processes.broadcast(best)
-            assert best is not None
-            self._take(best)
-            assert self.watch is not None
-            self.watch.memory.ended = ended
-            if self.processes.main:
-                remove_checkpoints(self.directory.checkpoints, after=kept)
-        self.save(kept)
-
-    def restore(self) -> int:
-        """Load the latest sound checkpoint, if there is one, and return how many updates it has behind it.
-
-        The main process reads it and tells the others, which may be on machines that do not see the file.
-        """
-        with self.processes.together():
-            folder, note = self.directory.path / "checkpoints", self.reporter.note
-            checkpoint = load_latest_checkpoint(folder, note=note) if self.processes.main else None
-        checkpoint = self.processes.broadcast(checkpoint)
-        if checkpoint is None:
-            return 0
-        self._take(checkpoint)
-        if self.processes.main:
-            # A kill between a checkpoint and its export leaves the export of the checkpoint before.
-            export(self.policy.model, self.run, self.directory, updates=checkpoint.update, tensors=checkpoint.tensors)
-        return checkpoint.update
-
-    def _take(self, checkpoint: Checkpoint) -> None:
-        """Go on from what a checkpoint holds."""
-        self.learner.load_tensors(checkpoint.tensors, steps=int(checkpoint.state["steps"]))
-        self.memory.clear()  # and not another dictionary: `gaps` lives in this one
-        self.memory.update(checkpoint.state["memory"])
-        if self.policy.moving:
-            self.policy.moving.load_tensors(checkpoint.tensors)
-        if self.scales is not None:
-            self.scales.running = dict(checkpoint.state["gap_scales"])
-        if self.watch is not None and "sentinels" in checkpoint.state:
-            self.watch.state = checkpoint.state["sentinels"]
-        # What was counted so far goes on one account; sums over the processes stay right.
-        self.policy.evaluations = int(checkpoint.state["evaluations"]) if self.processes.main else 0
-        self.policy.measuring = int(checkpoint.state["measuring"]) if self.processes.main else 0
-        self.score.queries = int(checkpoint.state["reward_queries"]) if self.processes.main else 0
-
     def _on_step(self, first: int) -> Callable[[int], None]:
         steps = self.policy.schedule.steps
         before, total = self._firsts.index(first) * steps, len(self._firsts) * steps
@@ -438,10 +314,3 @@ class Session:
             self.reporter.step(before + done, total)
 
         return on_step
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(name.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
