@@ -28,8 +28,8 @@ from tailorpo.prompts import load_prompts
 from tailorpo.rewards import Scorer, load_scorer
 from tailorpo.run import Run
 from tailorpo.rundir import RUN, RunDirectory
-from tailorpo.trained import load_trained, trained_folder
 from tailorpo.train import Reporter
+from tailorpo.trained import load_trained, trained_folder
 
 ROWS = "rows.jsonl"
 

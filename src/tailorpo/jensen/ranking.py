@@ -8,9 +8,14 @@ their noises, and s^2 the variance of that mean,
     correlation  = E m D / sqrt(E m^2 E d^2): of the step reward with the truth, not with its noisy mean. Siblings are
                    interchangeable, so all differences have mean zero
     misrank raw  = share of pairs with sign m != sign D, ties half, with Wilson's interval
-    misrank      = arccos(cos(pi raw) / sqrt(E d^2 / E D^2)) / pi: the same without the noise of the truth, exact where
-                   differences are normal (the sign of two normal numbers with correlation r differs with
-                   probability arccos(r) / pi)
+    misrank      = arccos(cos(pi raw) / sqrt(c)) / pi: the same without the noise of the truth, where c is the
+                   correlation that means of n continuations would have with one another, from the share h of pairs
+                   that two halves of the continuations order differently: cos(pi h), and Spearman and Brown's formula
+                   from halves to the whole
+
+Signs of two normal numbers with correlation r differ with probability arccos(r) / pi, which is why the correction is
+exact for normal differences. It works on signs throughout, because a few pairs with large differences, and large noise,
+decide a correlation of values, and a correction by values overshoots.
 
 Noise in the truth pushes the raw share towards one half. The interval of `misrank` reaches from the lower end of the
 corrected to the upper end of the raw one (or the other way round above one half), so that it does not rest on the
@@ -31,6 +36,8 @@ from tailorpo.statistics import Interval, mean_interval, win_rate
 Array = NDArray[np.float64]
 Rows = NDArray[np.int64]
 RESAMPLES = 999
+SPLITS = 30
+"""Ways of halving the continuations that are averaged."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +83,30 @@ class Pairs:
 
     @property
     def reliability(self) -> float:
-        """E d^2 / E D^2: 1 for an exact truth, 0 or less where only noise is seen."""
-        seen = float((self.true_difference**2).mean())
-        return 1 - float(self.noise.mean()) / seen if seen > 0 else 0.0
+        """What the order by D has to do with that by another D of as many continuations, as a correlation: 1 for an
+        exact truth, 0 or less where only noise is seen."""
+        if self.exact:
+            return 1.0
+        differences = self.ends[:, 0] - self.ends[:, 1]
+        count = differences.shape[1]
+        half = count // 2
+        generator = np.random.default_rng(0)
+        apart: list[float] = []
+        for _ in range(SPLITS):
+            order = generator.permutation(count)
+            one, two = (differences[:, order[first : first + half]].mean(1) for first in (0, half))
+            apart.append(float(np.mean(disagreement(one, two))))
+        found = math.cos(math.pi * float(np.mean(apart)))
+        times = count / half
+        if found <= 0:
+            return found
+        return times * found / (1 + (times - 1) * found)
+
+
+def disagreement(one: Array, two: Array) -> Array:
+    """1 where the signs differ, 1/2 where either is 0."""
+    product = one * two
+    return np.where(product < 0, 1.0, np.where(product == 0, 0.5, 0.0))
 
 
 def signal(pairs: Pairs) -> Interval:

@@ -23,6 +23,7 @@ from tailorpo.jensen.ranking import (
     Pairs,
     correlation,
     correlation_of_continuations,
+    disagreement,
     gap,
     misranking,
     raw_misranking,
@@ -133,7 +134,7 @@ def _reward(
 
 
 def _step(pairs: Pairs, *, finished: bool) -> dict[str, Any]:
-    """One step's row; of finished pictures the step reward is the truth, whatever a count of so many pairs could miss."""
+    """One step's row; of finished pictures the step reward is the truth, so that nothing is left to count."""
     right = Interval(0.0, 0.0, 0.0)
     gaps, linked, ahead = gap(pairs), correlation(pairs, pairs.guess), correlation(pairs, pairs.ahead)
     one, all_ = (correlation_of_continuations(pairs, count) for count in (1, pairs.ends.shape[2]))
@@ -184,7 +185,7 @@ def _posterior(rows: Sequence[Row], k: int, schedule: Schedule) -> dict[str, Any
         "k": k,
         "scored_at": int(schedule.time[k + 1]),
         "states": len(rows),
-        **_interval("probes", _mean([float(np.mean(row["trace"])) for row in rows])),
+        **_interval("probes", _mean([sum(row["trace"]) / len(row["trace"]) for row in rows])),
         **_interval("denoising", _mean([row["denoising"] for row in rows])),
         **_interval("increments", _mean([row["increments"] for row in rows])),
     }
@@ -202,8 +203,7 @@ def _paired(by_step: Mapping[int, Pairs], schedule: Schedule) -> dict[str, Any] 
 
 
 def _wrong(pairs: Pairs, guess: Array) -> Array:
-    product = (guess[:, 0] - guess[:, 1]) * pairs.true_difference
-    return np.where(product < 0, 1.0, np.where(product == 0, 0.5, 0.0))
+    return disagreement(guess[:, 0] - guess[:, 1], pairs.true_difference)
 
 
 def _mean(values: Sequence[float]) -> Interval:

@@ -45,9 +45,9 @@ def _ranking(name: str, reward: Mapping[str, Any]) -> Grid:
     words = {k: word for word in ("reliable", "unreliable", "undecided") for k in verdict[word]}
     return Grid(
         title=f"{name}: does the step reward order siblings as their future does?",
-        note="misranked: share of pairs, without the noise of the truth [95 % interval]; V: variance of the final reward"
-        " that the step decides, and its share of what all steps decide; gap: root mean square of Q - r(x0hat) over"
-        " siblings, of its difference between them, and of Q_1 - Q_2, in the reward's unit",
+        note="misranked: share of pairs, without the noise of the truth [95 % interval]; V: variance of the final"
+        " reward that the step decides, and its share of what all steps decide; gap: root mean square of Q - r(x0hat)"
+        " over siblings, of its difference between them, and of Q_1 - Q_2, in the reward's unit",
         head=(
             *("step", "scored at t", "misranked", "correlation", "V", "share", "gap", "its difference"),
             *("Q difference", "lookahead misranks", "rankings"),
@@ -74,9 +74,9 @@ def _ranking(name: str, reward: Mapping[str, Any]) -> Grid:
 def _bounds(name: str, rows: Sequence[Mapping[str, Any]]) -> Grid:
     return Grid(
         title=f"{name}: the Jensen gap and its bounds, without guidance",
-        note="gap: mean of r(x_0) - r(x0hat) over trajectories; second order: mean of tr(H Cov) / 2; directional: standard"
-        " deviation of the linearised reward; the bounds are means over states with constants measured at x0hat, so"
-        " estimates of size and no guarantee; - where the reward has no gradient",
+        note="gap: mean of r(x_0) - r(x0hat) over trajectories; second order: mean of tr(H Cov) / 2; directional:"
+        " standard deviation of the linearised reward; the bounds are means over states with constants measured at"
+        " x0hat, so estimates of size and no guarantee; - where the reward has no gradient",
         head=("step", "scored at t", "mean gap", "second order", "directional", "Lipschitz", "smooth"),
         rows=[
             (
@@ -132,9 +132,9 @@ def _setting(content: Mapping[str, Any]) -> str:
     sizes, sampler = content["sizes"], content["sampler"]
     return (
         f"{sizes['states']} pairs of siblings a step, {sizes['continuations']} continuations of each with common"
-        f" noises, lookahead of {sizes['lookahead']} evaluations; {sampler['steps']} steps, eta {sampler['eta']:g}, guidance"
-        f" scale {sampler['guidance_scale']:g}; seed {content['seed']}; {content['weights']}. Without guidance:"
-        f" {sizes['plain_states']} trajectories, {sizes['probes']} probes."
+        f" noises, lookahead of {sizes['lookahead']} evaluations; {sampler['steps']} steps, eta {sampler['eta']:g},"
+        f" guidance scale {sampler['guidance_scale']:g}; seed {content['seed']}; {content['weights']}. Without"
+        f" guidance: {sizes['plain_states']} trajectories, {sizes['probes']} probes."
     )
 
 
