@@ -50,6 +50,7 @@ def picture(content: Mapping[str, Any]) -> bytes:
     for panel, title in zip(panels, titles, strict=True):
         panel.set_title(title, fontsize=9)
         panel.set_xlabel("step (noisy to clean)")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         if panel is not panels[2] and panel is not panels[3]:
             panel.set_ylim(bottom=0)
         if panel.get_legend_handles_labels()[0]:
