@@ -16,6 +16,7 @@ import typer
 
 from tailorpo import __version__
 from tailorpo.cli import look, pictures, runs
+from tailorpo.cli.jensen import jensen
 from tailorpo.cli.support import polite
 from tailorpo.errors import UserError
 
@@ -71,6 +72,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "pairs": pictures.pairs,
     "show": look.show,
     "plan": look.plan,
+    "jensen": jensen,
     "rewards": look.rewards,
     "models": look.models,
     "experiment": look.experiment,
