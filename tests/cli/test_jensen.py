@@ -36,7 +36,7 @@ def test_a_recipe_is_measured_and_a_stopped_measurement_ends_the_same(tmp_path: 
     assert found["score"] == "weighted sum"
     assert [row["k"] for row in found["steps"]] == [0, 1, 2, 3]
     for row in found["steps"]:
-        assert {"k", "time", "v", "misrank", "misrank_low", "misrank_high", "correlation"} <= set(row)
+        assert {"k", "time", "v", "misrank", "misrank_low", "misrank_high", "correlation", "noise_weight"} <= set(row)
         assert 0 <= row["misrank_low"] <= row["misrank"] <= row["misrank_high"] <= 1
     assert found["steps"][-1]["misrank_high"] == 0, "a finished picture's step reward is its reward"
     # The gap of a weighted sum is the weighted sum of gaps; JPEG size has no gradient and so no bounds.

@@ -87,7 +87,7 @@ def measured() -> Measured:
             rewards=REWARDS,
             noise=NOISE,
             continuations=CONTINUATIONS,
-            evaluations=3,
+            ahead=2,
             batch=10_000,
         )
         drawn = torch.stack([NOISE.normals((4, 1, 1), keys, "step", k, "candidate", j) for j in (0, 1)])

@@ -13,13 +13,11 @@ from torch import Tensor
 from tailorpo.experiments.measurement import Lines
 from tailorpo.jensen.measure import Subject, measure
 from tailorpo.jensen.settings import Sizes, chosen_steps, cost
-from tailorpo.jensen.siblings import lookahead, sibling_values, walk
+from tailorpo.jensen.siblings import sibling_values, walk
 from tailorpo.jensen.verdict import judge
 from tailorpo.noise import Noise
 from tailorpo.policy import Policy
 from tailorpo.progress import Silent
-from tailorpo.rollout import rollout_chains, start_trajectories
-from tailorpo.samplers import DDIM
 
 
 @pytest.mark.parametrize("steps", [(0, 3, 5), (1, 4)])
@@ -35,7 +33,7 @@ def test_the_cost_is_what_is_spent(tiny_policy: Callable[..., Policy], tmp_path:
         return (images * images).mean((1, 2, 3))
 
     subject = Subject(policy=policy, prompts=["a cat", "a dog"], rewards={"r": counted}, differentiable=["r"], seed=0)
-    sizes = Sizes(states=4, continuations=3, lookahead=3, plain_states=4, probes=2, batch=7)
+    sizes = Sizes(states=4, continuations=3, lookahead=2, plain_states=4, probes=2, batch=7)
     unet: Any = policy.model
     rows = 0
 
@@ -51,25 +49,6 @@ def test_the_cost_is_what_is_spent(tiny_policy: Callable[..., Policy], tmp_path:
     assert gradients == found.reward_gradients
 
 
-def test_lookahead_to_the_last_step_is_the_deterministic_sampler(tiny_policy: Callable[..., Policy]) -> None:
-    policy = tiny_policy(steps=5, moved=0.3)
-    still = Policy(policy.model, DDIM(steps=5, eta=0.0, guidance_scale=5.0))
-    keys = [("a", 0), ("a", 1)]
-    start = start_trajectories(policy, ["a cat", "a dog"], noise=Noise(0), keys=keys)
-    first = start.latents.clone()
-    with torch.no_grad():
-        step = policy.step(first, 0, start.cond)
-        for evaluations in (5, 50):
-            end = lookahead(policy, first, k=0, cond=start.cond, step=step, evaluations=evaluations)
-            expected = rollout_chains(
-                still, start_trajectories(policy, start.prompts, noise=Noise(0), keys=keys), noise=Noise(0)
-            )
-            torch.testing.assert_close(end, expected, rtol=1e-4, atol=1e-4)
-        one = lookahead(policy, first, k=0, cond=start.cond, step=step, evaluations=1)
-    # A single step leads to x0hat but for the noise that finished latents of this schedule still hold.
-    assert float((one - step.x0).norm() / step.x0.norm()) < 0.1
-
-
 def test_continuations_are_plain_sampling_and_siblings_share_their_noise(tiny_policy: Callable[..., Policy]) -> None:
     """A sibling continued by hand, and one pair of equal siblings, whose continuations are equal."""
     policy = tiny_policy(steps=4, moved=0.3)
@@ -79,9 +58,9 @@ def test_continuations_are_plain_sampling_and_siblings_share_their_noise(tiny_po
     def mean(images: Tensor, prompts: Any) -> Tensor:
         return images.mean((1, 2, 3))
 
-    found = sibling_values(
-        policy, walked, k=1, rewards={"mean": mean}, noise=noise, continuations=3, evaluations=2, batch=2
-    )["mean"]
+    found = sibling_values(policy, walked, k=1, rewards={"mean": mean}, noise=noise, continuations=3, ahead=1, batch=2)[
+        "mean"
+    ]
     shape = walked.latents[1].shape[1:]
     with torch.no_grad():
         for j in (0, 1):

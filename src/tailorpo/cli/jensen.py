@@ -15,7 +15,7 @@ def jensen(
     overrides: Overrides = None,
     states: Annotated[int, typer.Option(help="Pairs of siblings per step.")] = 64,
     continuations: Annotated[int, typer.Option(help="Of each sibling, with common noises.")] = 4,
-    lookahead: Annotated[int, typer.Option(help="Network evaluations of the deterministic lookahead.")] = 2,
+    lookahead: Annotated[int, typer.Option(help="Deterministic steps of the lookahead.")] = 1,
     plain_states: Annotated[
         int, typer.Option(help="Trajectories without guidance, for variance and bounds; 0: leave them out.")
     ] = 24,

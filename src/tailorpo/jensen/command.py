@@ -132,7 +132,7 @@ class Job:
                 steps=steps,
                 states=self.sizes.states,
                 plain_states=self.sizes.plain_states,
-                schedule=subject.policy.schedule,
+                policy=subject.policy,
             ),
             "environment": environment(subject.policy.model.device),
         }

@@ -139,7 +139,7 @@ def _pairs(subject: Subject, sizes: Sizes, walked: Walk, k: int) -> list[Row]:
         rewards=subject.rewards,
         noise=Noise(subject.seed),
         continuations=sizes.continuations,
-        evaluations=sizes.lookahead,
+        ahead=sizes.lookahead,
         batch=sizes.batch,
     )
     return [

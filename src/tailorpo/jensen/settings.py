@@ -25,7 +25,7 @@ class Sizes:
     Attributes:
         states: trajectories, each of which gives one pair of siblings at every step.
         continuations: of each sibling, with noises that the two share; their mean is taken for the truth.
-        lookahead: network evaluations of the deterministic lookahead.
+        lookahead: deterministic steps of the lookahead, each one more evaluation.
         plain_states: trajectories of the unguided network, for posterior variance and bounds; 0 leaves both out.
         probes: random vectors per state for the trace of the Jacobian.
         batch: latents at once; changes memory and speed, and results by rounding only.
@@ -33,7 +33,7 @@ class Sizes:
 
     states: int = 64
     continuations: int = 4
-    lookahead: int = 2
+    lookahead: int = 1
     plain_states: int = 24
     probes: int = 2
     batch: int = 48
@@ -92,7 +92,7 @@ def cost(sizes: Sizes, steps: Sequence[int], *, sampler: DDIM, differentiable: i
     total, n = sampler.steps, sizes.continuations
     ahead = [total - k - 1 for k in steps]  # steps between a sibling and the end
     open_ = [left for left in ahead if left]
-    pair = sum(2 + 2 * (min(sizes.lookahead, left) - 1) + 2 * n * (left - 1) for left in open_)
+    pair = sum(2 + 2 * min(sizes.lookahead, left - 1) + 2 * n * (left - 1) for left in open_)
     scored = sum(2 * (2 + n) if left else 2 for left in ahead)
     plain = total + 2 * len(open_) if sizes.plain_states else 0
     probes = sizes.probes + differentiable

@@ -5,7 +5,7 @@ sampler. The i-th continuation of both siblings has the same noises: what matter
 and most of the noise cancels in it.
 
     step reward   r(decode(x0hat(x_{k+1})))                                   1 evaluation
-    lookahead     r at the end of m deterministic steps (DDIM, eta 0)         m evaluations
+    lookahead     r of the picture predicted m deterministic steps ahead      m more (`futures.Lookahead`)
     continuation  r at the end of the K - k - 1 steps that are left           K - k - 1 evaluations
 
 The evaluation of a sibling is shared: x0hat, the first step of the lookahead and that of all continuations come from
@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from tailorpo.futures import Lookahead
 from tailorpo.models import Conditioning
 from tailorpo.noise import Key, Noise
 from tailorpo.policy import Policy, PolicyStep
@@ -81,31 +81,6 @@ def scores(rewards: Mapping[str, Score], pictures: Tensor, prompts: Sequence[str
     return torch.stack([value.double().cpu() for value in values])
 
 
-def lookahead(
-    policy: Policy, latents: Tensor, *, k: int, cond: Conditioning, step: PolicyStep, evaluations: int
-) -> Tensor:
-    """The end of deterministic steps from x_k = latents (B, C, h, w), evenly spaced over the steps that are left.
-
-    Args:
-        policy: the model under its sampler, of which only the noise levels are used.
-        latents: x_k.
-        k: how many steps lie behind it.
-        cond: encoded prompts of the B rows.
-        step: the policy's step from x_k.
-        evaluations: how many, that of `step` counted; no more than there are steps left.
-    """
-    schedule, x, x0 = policy.schedule, latents, step.x0
-    last = schedule.steps
-    count = min(evaluations, last - k)
-    levels = [k + round(i * (last - k) / count) for i in range(count + 1)]
-    for index, (here, there) in enumerate(pairwise(levels)):
-        if index:
-            x0 = policy.step(x, here, cond).x0
-        epsilon = (x - float(schedule.alpha[here]) * x0) / float(schedule.sigma[here])
-        x = float(schedule.alpha[there]) * x0 + float(schedule.sigma[there]) * epsilon
-    return x
-
-
 @torch.no_grad()
 def sibling_values(
     policy: Policy,
@@ -115,7 +90,7 @@ def sibling_values(
     rewards: Mapping[str, Score],
     noise: Noise,
     continuations: int,
-    evaluations: int,
+    ahead: int,
     batch: int,
 ) -> dict[str, SiblingValues]:
     """Draw the siblings of step k from every trajectory and value them by every reward.
@@ -127,7 +102,7 @@ def sibling_values(
         rewards: by name.
         noise: the run's random numbers.
         continuations: of each sibling.
-        evaluations: of the lookahead.
+        ahead: deterministic steps of the lookahead.
         batch: latents at once.
     """
     states, model, schedule = len(walked.prompts), policy.model, policy.schedule
@@ -141,8 +116,8 @@ def sibling_values(
         return {name: SiblingValues(row, row, row[..., None]) for name, row in zip(rewards, final, strict=True)}
     step = policy.step(siblings, k + 1, cond)
     guess = scores(rewards, model.decode_draft(step.x0), prompts, time=int(schedule.time[k + 1]))
-    end = lookahead(policy, siblings, k=k + 1, cond=cond, step=step, evaluations=evaluations)
-    ahead = scores(rewards, model.decode(end), prompts, time=None)
+    end = Lookahead(lookahead=ahead).look(policy, siblings, step, k=k + 1, cond=cond)
+    later = scores(rewards, model.decode_draft(end.clean), prompts, time=end.time)
     ends: list[Tensor] = []
     group = max(1, batch // (2 * states))
     for first in range(0, continuations, group):
@@ -153,7 +128,7 @@ def sibling_values(
         ends.append(scores(rewards, pictures, texts, time=None).view(-1, 2, states, len(numbers)))
     # (rewards, 2, S, ...) becomes (S, 2, ...) for each reward.
     finished = torch.cat(ends, dim=-1).transpose(1, 2)
-    pairs = [value.view(-1, 2, states).transpose(1, 2) for value in (guess, ahead)]
+    pairs = [value.view(-1, 2, states).transpose(1, 2) for value in (guess, later)]
     return {name: SiblingValues(*rows) for name, *rows in zip(rewards, *pairs, finished, strict=True)}
 
 

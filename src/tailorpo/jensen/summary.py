@@ -4,7 +4,8 @@
     rewards    the same of every reward, with what its variance is made of and the verdict
     posterior  tr Cov[x_0 | x_{k+1}] of the unguided network, three ways
 
-Of each step at least k, time, v, misrank, misrank_low, misrank_high, correlation: other parts read these by name.
+Of each step at least k, time, v, misrank, misrank_low, misrank_high, correlation and noise_weight, which is |d mean /
+d output| / sigma: other parts read these by name.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from tailorpo.jensen.ranking import (
     signal,
 )
 from tailorpo.jensen.verdict import judge
+from tailorpo.policy import Policy
 from tailorpo.schedule import Schedule
 from tailorpo.statistics import Interval, mean_interval, plain
 
@@ -44,7 +46,7 @@ def summarise(
     steps: Sequence[int],
     states: int,
     plain_states: int,
-    schedule: Schedule,
+    policy: Policy,
 ) -> dict[str, Any]:
     """Sum up the rows of the wanted states and steps; others, of larger measurements, are left alone.
 
@@ -54,8 +56,9 @@ def summarise(
         steps: wanted.
         states: wanted.
         plain_states: wanted.
-        schedule: of the run.
+        policy: for the schedule, and the weights of the steps.
     """
+    schedule, kind = policy.schedule, policy.model.prediction_type
     wanted = {"pairs": states, "posterior": plain_states}
     rows = [row for row in rows if row["state"] < wanted[row["part"]] and row["k"] in (WALK, *steps)]
     rows = sorted(rows, key=lambda row: (row["k"], row["state"]))
@@ -66,6 +69,8 @@ def summarise(
     names = [*weights, *([SUM] if len(counted) > 1 else [])]
     score = SUM if len(counted) > 1 else (counted or list(weights))[0]
     rewards = {name: _reward(name, weights, pairs, behind, steps=steps, schedule=schedule) for name in names}
+    for row in (row for reward in rewards.values() for row in reward["steps"]):
+        row["noise_weight"] = plain(policy.sampler.noise_weight(schedule, row["k"], kind=kind))
     return {
         "score": score,
         "steps": rewards[score]["steps"],

@@ -132,7 +132,7 @@ def _setting(content: Mapping[str, Any]) -> str:
     sizes, sampler = content["sizes"], content["sampler"]
     return (
         f"{sizes['states']} pairs of siblings a step, {sizes['continuations']} continuations of each with common"
-        f" noises, lookahead of {sizes['lookahead']} evaluations; {sampler['steps']} steps, eta {sampler['eta']:g},"
+        f" noises, lookahead {sizes['lookahead']}; {sampler['steps']} steps, eta {sampler['eta']:g},"
         f" guidance scale {sampler['guidance_scale']:g}; seed {content['seed']}; {content['weights']}. Without"
         f" guidance: {sizes['plain_states']} trajectories, {sizes['probes']} probes."
     )
