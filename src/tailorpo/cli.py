@@ -8,6 +8,7 @@ Everything heavy is imported inside the commands, so that help and mistakes answ
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -106,6 +107,7 @@ def _root(
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     command, count = context.invoked_subcommand, os.environ.get("WORLD_SIZE") or "1"
     if int(count) > 1 and command not in ("train", "resume", "eval"):
         raise UserError(f"`tailorpo {command}` works in one process, not {count}; start it without a launcher")

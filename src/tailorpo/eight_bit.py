@@ -16,7 +16,6 @@ state in tensor subclasses.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
@@ -46,8 +45,6 @@ def state_bytes(values: int) -> int:
 
 def make_adamw8bit(parameters: list[nn.Parameter], config: Optimizer) -> torch.optim.Optimizer:
     """The optimizer; its state is made at the first step."""
-    # It logs what it has not found of things that an optimizer does not need.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     bitsandbytes: Any = import_module("bitsandbytes")
     optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
         parameters,

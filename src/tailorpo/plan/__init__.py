@@ -36,13 +36,14 @@ _LONGEST = 60.0
 """Seconds that the calls may take on this machine to be timed one by one."""
 
 
-def make_plan(run: Run, *, architecture: Architecture | None = None, measure: bool = False) -> Plan:
+def make_plan(run: Run, *, architecture: Architecture | None = None, measure: bool = False, cpu: bool = False) -> Plan:
     """Count what the run costs.
 
     Args:
         run: its weights need not be there.
         architecture: the networks to count instead of those in model.path.
         measure: load rewards whose architecture is not known, and count a call.
+        cpu: whether it is to run on a CPU, whose convolutions need more memory.
 
     Raises:
         UserError: config.json files, prompts or a reward cannot be used.
@@ -51,7 +52,7 @@ def make_plan(run: Run, *, architecture: Architecture | None = None, measure: bo
     _, cost = trajectory_cost(run)
     units = unit_costs(parts.calls, operations, judge=parts.judge)
     rewards = [*parts.rewards, *([parts.judge] if parts.judge else [])]
-    moments = {name: peak_bytes(phase) for name, phase in phases(run, parts.calls, cost).items()}
+    moments = {name: peak_bytes(phase, layouts=cpu) for name, phase in phases(run, parts.calls, cost).items()}
     memory = parts.standing_bytes(run.optimizer) | {"activations, at most": max(moments.values())}
     assumed = [parts.network.assumption, *(reward.assumption for reward in rewards)]
     return Plan(
