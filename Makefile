@@ -24,7 +24,7 @@ test: $(VENV)/.installed-dev
 	@echo "== types"
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	@echo "== tests"
-	$(ONE_THREAD) $(BIN)/python -m pytest
+	$(ONE_THREAD) $(BIN)/python -m pytest -n logical --maxprocesses 4
 
 miniature: $(VENV)/.installed-miniature
 	$(BIN)/python -m miniature

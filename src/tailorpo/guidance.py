@@ -11,17 +11,37 @@ The first depends on the units of the reward: with delta = 0.5 it moves a miniat
 The second says how unlikely the winner becomes under its own policy and nothing else. `trust_region` bounds |x+ - x|
 by that many sigma in the first form; in the second, k is that bound itself.
 
+What the second form does to the loss, with u = (mean - mean_ref) / sigma and the noises z that made the candidates:
+
+    Delta+ = (z_w - z_l) . u + k g . u / |g|
+
+Where the reward is locally linear, (z_w - z_l) . g / |g| is |N(0, 2)| with mean 2 / sqrt(pi) = 1.128, so a push of k
+makes the useful part of a pair 1 + k sqrt(pi) / 2 = 1 + 0.886 k times as large and leaves its noise as it is. Three
+settings follow from that:
+
+    symmetric       winner by +k / 2, loser by -k / 2, both along g = g_w + g_l: the same Delta+ for any given g, but
+                    the pair's mean stays where the policy put it, and the walk goes on from a winner moved half as far
+    corrected_beta  beta' = beta / (1 + 0.886 k): the mean of beta' Delta+ is what that of beta Delta was, so the pull
+                    at the reference is the same, and a gradient flow needs the same time to come to any |u| up to
+                    3 / beta within a quarter, for every k. Beyond, no scale can do it: a plain loss keeps on pulling as
+                    0.46 / (beta |u|^2), by pairs whose order is nearly even, of which a push leaves none
+    shell           z+ <- z+ |z| / |z+|: the noise keeps the length that it was drawn with, after DSG (Yang et al. 2024,
+                    arXiv 2402.03201). It shrinks z+ by about k^2 / (2 D), so it matters where D is small
+
+`anneal` takes k to another value over the updates.
+
 With `accept_reject` x+ is scored too, and where its step reward is not higher the winner stays where it was; the
 evaluation of x+ is the next step's, so only a decode and a reward query are added.
 
-Guo et al. 2024 (arXiv 2404.14743) is the source of Eq. 14's form. Left out: the projection to the noise shell, pushing
-the loser down.
+Guo et al. 2024 (arXiv 2404.14743) is the source of Eq. 14's form. Left out: a direction for each of a symmetric pair
+(it moves the pair's mean, by k / 4 of their difference); k = sigma |g| / beta, the size that the tilt by
+exp(reward / beta) asks for, which brings back the reward's units; a trust region beside k, which is one.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -31,23 +51,64 @@ Jacobian = Literal["full", "free"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Anneal:
+    """A straight line from k at the first update to another value.
+
+    Attributes:
+        to: k from update `over` on, in units of sigma_t, positive.
+        over: after how many updates, at least 1.
+    """
+
+    to: float
+    over: int
+
+    def __post_init__(self) -> None:
+        if not (self.to > 0 and math.isfinite(self.to)):
+            raise ValueError(f"anneal.to must be a positive number, got {self.to}; for no guidance at all use null")
+        if self.over < 1:
+            raise ValueError(f"anneal.over is a number of updates and must be at least 1, got {self.over}")
+
+    def at(self, update: int, *, start: float) -> float:
+        """k at an update, 0-based."""
+        return start + (self.to - start) * min(update / self.over, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SigmaGuidance:
     """A push of k standard deviations of the step.
 
     Attributes:
-        k: size of the push in units of sigma_t, positive; 0.5 to 2 is usual.
-        accept_reject: keep the push only where the step reward rises.
+        k: how far winner and loser are moved apart in units of sigma_t, positive; 0.5 to 2 is usual.
+        symmetric: the winner moves up by half of it and the loser down by half; otherwise the winner moves alone.
+        shell: scale the moved noises back to the length that they were drawn with.
+        corrected_beta: divide the algorithm's beta by 1 + 0.886 k; for hard labels.
+        anneal: {to, over}: where k goes over the updates; null: it stays.
+        accept_reject: keep the push only where the winner's step reward rises.
         jacobian: "full" gradient through the network, or "free" of its Jacobian.
     """
 
     form: Literal["sigma"] = "sigma"
     k: float = 1.0
+    symmetric: bool = False
+    shell: bool = False
+    corrected_beta: bool = False
+    anneal: Anneal | None = None
     accept_reject: bool = False
     jacobian: Jacobian = "full"
 
     def __post_init__(self) -> None:
         if not self.k > 0:
             raise ValueError(f"guidance k must be positive, got {self.k}")
+
+    @property
+    def gain(self) -> float:
+        """By what a push multiplies the useful part of a pair: 1 + k sqrt(pi) / 2; its square is how many plain pairs
+        one pair is worth."""
+        return 1 + self.k * math.sqrt(math.pi) / 2
+
+    def at(self, update: int) -> SigmaGuidance:
+        """The same with the k of an update, 0-based."""
+        return self if self.anneal is None else replace(self, k=self.anneal.at(update, start=self.k), anneal=None)
 
     def push(self, gradient: Tensor, reward: Tensor, *, std: float, progress: float) -> Tensor:
         """x+ - x, of the gradient's shape; zero where the gradient is zero or not finite."""
@@ -102,6 +163,16 @@ class TargetGuidance:
 
 
 Guidance = SigmaGuidance | TargetGuidance
+
+
+def on_shell(push: Tensor, noise: Tensor, *, std: float) -> Tensor:
+    """The push that ends where `push` does, scaled to the noise's length; all (B, C, h, w).
+
+    No longer than `push` where that makes the noise longer, and at most by 1 / cos of half the turned angle else.
+    """
+    moved = noise + push / std
+    scale = length(noise) / length(moved).clamp(min=torch.finfo(moved.dtype).tiny)
+    return std * (scale.view(-1, 1, 1, 1) * moved - noise)
 
 
 def length(x: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class Trajectories:
         cond: the same, encoded.
         keys: the noise stream of each trajectory; nothing else decides what it draws.
         latents: the current x_k, (B, C, h, w) float32.
+        finished: whether `latents` are those of pictures: a rollout may end with its last trained step.
         reward: of the finished pictures, (B,), where a method has scored them; NaN where it finished none.
         members: the same of each member of an ensemble, by name.
     """
@@ -42,6 +43,7 @@ class Trajectories:
     cond: Conditioning
     keys: Sequence[tuple[Key, ...]]
     latents: Tensor
+    finished: bool = False
     reward: Tensor | None = None
     members: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
@@ -87,6 +89,7 @@ def walk_chains(
         with torch.no_grad():
             drawn = step.gaussian.sample(step_noise(noise, trajectories, k, like=x))
         trajectories.latents = drawn
+        trajectories.finished = k + 1 == policy.schedule.steps
         yield ChainStep(k, x, step, drawn)
         if on_step:
             on_step(k + 1)
@@ -170,6 +173,7 @@ def rollout_branches(
     decide: Callable[[Branch], D],
     graph: bool,
     gradient: GradientPath = "none",
+    finish: bool = True,
     on_step: Callable[[int], None] | None = None,
 ) -> Iterator[D]:
     """Sample to the end, branching at the trained steps, and yield the decision at each.
@@ -185,6 +189,7 @@ def rollout_branches(
         graph: keep the graph of the step from x_k, so that a loss can use it; the graph lives until the consumer of
             the yielded decision lets go of it, so memory does not grow with the number of steps.
         gradient: whether the scores come with their gradient.
+        finish: walk on to the picture after the last trained step.
         on_step: called with the number of steps done.
 
     Raises:
@@ -198,7 +203,7 @@ def rollout_branches(
             )
     cond, prompts = trajectories.cond, trajectories.prompts
     step: PolicyStep | None = None
-    for k in range(policy.schedule.steps):
+    for k in range(policy.schedule.steps if finish else max(trained) + 1):
         x = trajectories.latents
         branching = k in trained
         with torch.set_grad_enabled(graph and branching):
@@ -220,11 +225,12 @@ def rollout_branches(
             )
             decision = decide(Branch(k, x, step, noises, scored))
             trajectories.latents, step = decision.next_latents, decision.next_step
+            trajectories.finished = k + 1 == policy.schedule.steps
             yield decision
             del decision
         else:
             trajectories.latents = step.gaussian.sample(step_noise(noise, trajectories, k, like=x))
-            step = None
+            trajectories.finished, step = k + 1 == policy.schedule.steps, None
         if on_step:
             on_step(k + 1)
 

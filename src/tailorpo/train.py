@@ -23,6 +23,7 @@ from torch import Tensor
 from tailorpo._distributed import ALONE, Processes, pick_device
 from tailorpo.algorithms.base import Algorithm, Stored
 from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
+from tailorpo.algorithms.tailorpo import TailorPO
 from tailorpo.checkpoint import load_latest_checkpoint, save_checkpoint
 from tailorpo.errors import ProcessError, UserError
 from tailorpo.metrics import UpdateMetrics
@@ -144,7 +145,7 @@ class Session:
 
     def update(self, update: int) -> dict[str, Any]:
         """Collect the samples of one batch of trajectories, train on them, and return what there is to log."""
-        run, policy, algorithm = self.run, self.policy, self.algorithm
+        run, policy, algorithm = self.run, self.policy, self.algorithm_at(update)
         trained = algorithm.trained_steps(policy.schedule.steps, noise=self.noise, update=update)
         gallery = PairGallery(self.directory.path / "samples/pairs", update=update + 1, times=policy.schedule.time)
         metrics, stored = UpdateMetrics(), list[Stored]()
@@ -183,6 +184,10 @@ class Session:
             "reward_queries": self.processes.total(self.score.queries),
         }
 
+    def algorithm_at(self, update: int) -> Algorithm:
+        """The algorithm with what changes over the updates at this one's value."""
+        return self.algorithm.at(update) if isinstance(self.algorithm, TailorPO) else self.algorithm
+
     def trajectories(self, update: int) -> Iterator[tuple[int, Trajectories]]:
         """This process's trajectories of an update in batches of `batch.micro`, each with its first trajectory's place
         in the update."""
@@ -199,8 +204,10 @@ class Session:
     @torch.no_grad()
     def final_reward(self, trajectories: Trajectories) -> dict[str, Tensor]:
         """The reward of the finished pictures, (B,), the method's own if it has scored them, and that of each member of
-        an ensemble, by the names they are logged under."""
+        an ensemble, by the names they are logged under; nothing where the method does not finish its pictures."""
         reward, members = trajectories.reward, trajectories.members
+        if reward is None and not trajectories.finished:
+            return {}
         if reward is None:
             pictures = self.policy.model.decode(trajectories.latents)
             if self.scales is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tiny_run import refused, tailorpo, write_recipe
+from tiny_run import outcome, refused, tailorpo, write_recipe
 
 from tailorpo import __version__
 from tailorpo.images import load_png
@@ -250,6 +250,23 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, tiny_folder: Path, monkeypatch
     assert f"stopped; go on with `tailorpo resume {tmp_path / 'run'}`" in result.output
     monkeypatch.undo()
     assert tailorpo("resume", tmp_path / "run").exit_code == 0
+
+
+def test_a_run_that_does_not_finish_its_pictures_trains_the_same(tmp_path: Path, tiny_folder: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_folder)
+    for finish in ("true", "false"):
+        settings = ("algorithm.train_steps=[0, 1]", f"algorithm.finish={finish}")
+        result = tailorpo("train", recipe, *settings, "--out", tmp_path / finish)
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / finish / "report.html").is_file()
+    whole, cut = (outcome(tmp_path / finish) for finish in ("true", "false"))
+    assert whole["lora"] == cut["lora"]
+    last, shorter = whole["metrics"][-1], cut["metrics"][-1]
+    assert "reward_final" in last
+    assert "reward_final" not in shorter
+    # Two trajectories of three updates: one evaluation less (step 3's; step 2's is a candidate's), one query less.
+    assert last["forwards"] - shorter["forwards"] == 6 == last["reward_queries"] - shorter["reward_queries"]
+    assert all(last[name] == shorter[name] for name in ("loss", "gap", "kl", "by_step"))
 
 
 def test_tensorboard_gets_every_update(tmp_path: Path, tiny_folder: Path) -> None:

@@ -202,7 +202,8 @@ def count_evaluations(policy: Policy, algorithm: TailorPO, trained: tuple[int, .
         for pair in stored:
             algorithm.loss(policy, pair).sum().backward()
             backwards += 1
-    score(policy.model.decode(trajectories.latents), trajectories.prompts)
+    if trajectories.finished:
+        score(policy.model.decode(trajectories.latents), trajectories.prompts)
     handle.remove()
     return items, backwards, queries
 
@@ -211,6 +212,7 @@ GUIDANCES = [
     None,
     SigmaGuidance(),
     SigmaGuidance(accept_reject=True),
+    SigmaGuidance(symmetric=True, shell=True, accept_reject=True),
     TargetGuidance(delta=0.5),
     TargetGuidance(delta=0.5, jacobian="free"),
 ]
@@ -223,6 +225,7 @@ def test_network_evaluations_are_those_that_are_announced(tiny_policy: MakePolic
     for continue_from, steps in product(("winner", "loser", "random"), (5, (3, 4, 19), (0,), (18, 19))):
         algorithm = TailorPO(
             update=update,
+            finish=continue_from != "random",
             guidance=guidance,
             continue_from=continue_from,
             train_steps=steps,
@@ -242,12 +245,28 @@ def test_the_costs_of_the_contract() -> None:
     for algorithm, expected in (
         (TailorPO(), (30, 5, 0)),
         (TailorPO(update="buffered"), (35, 5, 0)),
+        (TailorPO(finish=False), (30, 5, 0)),
+        (TailorPO(finish=False, train_steps=Steps(first=4, last=16, count=5)), (28, 5, 0)),
         (TailorPO(guidance=SigmaGuidance()), (35, 5, 5)),
         (TailorPO(guidance=TargetGuidance(delta=0.5)), (35, 5, 5)),
         (TailorPO(guidance=SigmaGuidance(jacobian="free")), (35, 5, 0)),
     ):
         cost = algorithm.cost(20, algorithm.trained_steps(20, noise=Noise(0), update=0))
         assert (cost.forwards, cost.backwards, cost.input_gradients) == expected
+
+
+@pytest.mark.parametrize("guidance", [None, SigmaGuidance()])
+def test_what_is_trained_on_does_not_depend_on_what_comes_after(tiny_policy: MakePolicy, guidance: Any) -> None:
+    gradient: list[dict[str, Tensor]] = []
+    for finish in (True, False):
+        policy = tiny_policy(moved=0.05)
+        algorithm = TailorPO(finish=finish, train_steps=(2, 9), guidance=guidance)
+        trajectories, noise = start(policy), Noise(0)
+        for pair in algorithm.collect(policy, trajectories, trained=(2, 9), score=contrast, noise=noise):
+            algorithm.loss(policy, pair).sum().backward()
+        gradient.append(gradients(policy))
+        assert trajectories.finished == finish
+    assert all(torch.equal(each, gradient[1][name]) for name, each in gradient[0].items())
 
 
 def test_trained_steps() -> None:

@@ -40,7 +40,9 @@ def align(model: GaussianMixture, algorithm: TailorPO, *, updates: int, lr: floa
     return policy
 
 
-@pytest.mark.parametrize("options", [{}, {"continue_from": "random"}, {"guidance": SigmaGuidance(k=0.5)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"continue_from": "random"}, {"guidance": SigmaGuidance(k=0.5, symmetric=True)}]
+)
 def test_soft_labels_reach_the_tilted_gaussian(options: Any) -> None:
     """p(x) exp(r(x) / (beta tau)) of N(m, S) with r = a . x is N(m + S a / (beta tau), S).
 

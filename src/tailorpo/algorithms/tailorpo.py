@@ -19,22 +19,22 @@ Left out: the ratio clamp of D3PO's and SPO's code (see `objectives`), and more 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tailorpo.algorithms.base import Cost, Gather, Update, alone, check_counts, common_problems
+from tailorpo.algorithms.guided import move_pair
 from tailorpo.algorithms.pairs import Pair, StoredPairs, pair_logit
-from tailorpo.gaussian_step import GaussianStep
-from tailorpo.guidance import Guidance, length
+from tailorpo.guidance import Guidance, SigmaGuidance, length
 from tailorpo.noise import Noise
 from tailorpo.objectives import dpo, soft_dpo
-from tailorpo.policy import Policy, PolicyStep
+from tailorpo.policy import Policy
 from tailorpo.rollout import Branch, Trajectories, rollout_branches
 from tailorpo.samplers import DDIM
-from tailorpo.step_rewards import Score, score_latents
+from tailorpo.step_rewards import Score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,8 @@ class TailorPO:
         labels: "hard" as in the paper, or "soft": the winner is better with probability sigmoid(gap / tau).
         tau: label temperature in units of the reward, the same for all steps; needed for soft labels.
         continue_from: which candidate the trajectory goes on from.
+        finish: walk on to the picture after the last trained step. Only the log's `reward_final` needs it; without it
+            every trajectory saves the evaluations after that step, one decode and one reward query.
         guidance: moves the winner before training (TailorPO-G); null for none.
         update: "inline": the sampling forward's graph serves the loss, one optimizer step per update; "buffered":
             pairs are collected first and trained in shuffled minibatches.
@@ -76,6 +78,7 @@ class TailorPO:
     labels: Literal["hard", "soft"] = "hard"
     tau: float | None = None
     continue_from: Literal["winner", "random", "loser"] = "winner"
+    finish: bool = True
     guidance: Guidance | None = None
     update: Update = "inline"
     inner_epochs: int = 1
@@ -125,7 +128,20 @@ class TailorPO:
                 "algorithm.guidance (TailorPO-G) needs the gradient of the reward, and this reward is not"
                 " differentiable; use guidance: null (TailorPO) or a differentiable reward"
             )
+        if isinstance(self.guidance, SigmaGuidance) and self.guidance.corrected_beta and self.labels == "soft":
+            found.append(
+                "algorithm.guidance.corrected_beta is for hard labels: soft ones grow with the push themselves, and"
+                " their optimum lies where it did; set labels to hard or corrected_beta to false"
+            )
         return found
+
+    def at(self, update: int) -> TailorPO:
+        """The same with the guidance of an update, 0-based, and the beta that belongs to it."""
+        if not isinstance(self.guidance, SigmaGuidance):
+            return self
+        guidance = self.guidance.at(update)
+        beta = self.beta / guidance.gain if guidance.corrected_beta else self.beta
+        return replace(self, guidance=guidance, beta=beta)
 
     def trained_steps(self, steps: int, *, noise: Noise, update: int) -> tuple[int, ...]:
         """The trained steps of one update, ascending."""
@@ -145,7 +161,7 @@ class TailorPO:
         guidance, inline = self.guidance, self.update == "inline"
         rescored = guidance is not None and guidance.accept_reject
         forwards, input_gradients, known = 0, 0, False
-        for k in range(steps):
+        for k in range(steps if self.finish else max(trained) + 1):
             branching = k in trained
             # The walk's own evaluation; a graph for the loss needs a new one even where a score left one without.
             forwards += not known or (inline and branching)
@@ -161,7 +177,7 @@ class TailorPO:
             forwards=forwards + (0 if inline else epochs * len(trained)),
             backwards=epochs * len(trained),
             input_gradients=input_gradients,
-            reward_queries=len(trained) * (2 + rescored) + 1,
+            reward_queries=len(trained) * (2 + rescored) + (self.finish or steps - 1 in trained),
             references=len(trained),
             picture_gradients=0 if guidance is None else 2 * len(trained),
             scored_rows=2,
@@ -196,6 +212,7 @@ class TailorPO:
             decide=decide,
             graph=self.update == "inline",
             gradient="none" if self.guidance is None else self.guidance.jacobian,
+            finish=self.finish,
             on_step=on_step,
         )
 
@@ -232,9 +249,10 @@ class TailorPO:
         tie = present & (reward_winner == reward_loser)
 
         gaussian = branch.step.detach().gaussian
-        moved = self._guide(policy, branch, trajectories, first, score=score)
+        moved = move_pair(self.guidance, policy, branch, trajectories, first, second, score=score)
         noises = branch.noises.flatten(0, 1)
-        noise_winner, noise_loser = noises[first] + moved.push / gaussian.std, noises[second]
+        noise_winner = noises[first] + moved.push / gaussian.std
+        noise_loser = noises[second] + moved.push_loser / gaussian.std
         noise_difference = noise_winner - noise_loser
         gap, push = reward_winner - reward_loser, length(moved.push) / gaussian.std
         soft = torch.ones_like(gap) if self.tau is None else torch.sigmoid((gap + moved.gain) / self.tau)
@@ -275,49 +293,3 @@ class TailorPO:
             next_latents=next_latents,
             next_step=next_step,
         )
-
-    def _guide(
-        self, policy: Policy, branch: Branch, trajectories: Trajectories, winner: Tensor, *, score: Score
-    ) -> _Moved:
-        """Where guidance moves the winners; `winner` indexes the rows of the scored candidates."""
-        scored, guidance = branch.scored, self.guidance
-        latents, reward = scored.latents[winner], scored.reward[winner]
-        step = scored.step.rows(winner) if scored.step else None
-        zero, yes = torch.zeros_like(reward), torch.ones_like(reward, dtype=torch.bool)
-        if guidance is None or scored.gradient is None:
-            return _Moved(torch.zeros_like(latents), zero, accepted=yes, latents=latents, step=step)
-        gradient = scored.gradient[winner]
-        push = guidance.push(gradient, reward, std=branch.step.gaussian.std, progress=branch.k / policy.schedule.steps)
-        if not guidance.accept_reject:
-            # To first order; what it really is would cost a decode and a reward query.
-            gain = (gradient * push).flatten(1).sum(dim=1)
-            return _Moved(push, gain.nan_to_num(), accepted=yes, latents=latents + push, step=None)
-        again = score_latents(
-            policy, latents + push, k=branch.k + 1, cond=trajectories.cond, prompts=trajectories.prompts, score=score
-        )
-        accepted = again.reward > reward  # false where either is missing
-        keep = accepted.view(-1, 1, 1, 1)
-        if step is not None and again.step is not None:
-            mean = torch.where(keep, again.step.gaussian.mean, step.gaussian.mean)
-            x0 = torch.where(keep, again.step.x0, step.x0)
-            step = PolicyStep(GaussianStep(mean, step.gaussian.std), x0)
-        return _Moved(
-            push * keep,
-            torch.where(accepted, again.reward - reward, zero),
-            accepted=accepted,
-            latents=torch.where(keep, again.latents, latents),
-            step=step,
-        )
-
-
-@dataclass(frozen=True)
-class _Moved:
-    """Winners after guidance: how far they moved, what reward that gained, and the policy's step from there if it is
-    known."""
-
-    push: Tensor
-    gain: Tensor
-    _: KW_ONLY
-    accepted: Tensor
-    latents: Tensor
-    step: PolicyStep | None

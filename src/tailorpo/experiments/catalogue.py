@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tailorpo.experiments import gradient_direction, hacking, step_reward
+from tailorpo.experiments import gradient_direction, hacking, pair_worth, step_reward
 from tailorpo.experiments.grid import Grid, Variant
 from tailorpo.experiments.measurement import Measurement
 
@@ -257,6 +257,10 @@ GRIDS = (
                 "sigma, k 4": "{form: sigma, k: 4.0}",
                 "sigma, k 8": "{form: sigma, k: 8.0}",
                 "sigma, k 4, Jacobian-free": "{form: sigma, k: 4.0, jacobian: free}",
+                "sigma, k 8, symmetric": "{form: sigma, k: 8.0, symmetric: true}",
+                "sigma, k 8, shell": "{form: sigma, k: 8.0, shell: true}",
+                "sigma, k 8, corrected beta": "{form: sigma, k: 8.0, corrected_beta: true}",
+                "sigma, k 8, annealed to 1": "{form: sigma, k: 8.0, anneal: {to: 1.0, over: 19}}",
             }.items()
         ),
         seeds={PREFERENCE: (1, 2, 3)},
@@ -294,6 +298,20 @@ MEASUREMENTS = (
         measure=gradient_direction.measure,
         table=gradient_direction.table,
         plot=gradient_direction.plot,
+    ),
+    Measurement(
+        name="pair-worth",
+        question="How many plain pairs is a guided pair worth, and how much of its progress does the judge see?",
+        paper="none; guidance is Section 4.3",
+        statistic="squared signal to noise of a pair's gradient along the mean gradient of plain pairs",
+        recipe="emoji_tailorpo_g.yaml",
+        overrides=("seed=10",),
+        sizes={"pairs": 80},
+        quick={"pairs": 4},
+        cost=pair_worth.cost,
+        measure=pair_worth.measure,
+        table=pair_worth.table,
+        plot=pair_worth.plot,
     ),
     Measurement(
         name="hacking",

@@ -151,7 +151,8 @@ def _description(plan: Plan, directory: RunDirectory) -> dict[str, Any]:
         "reward_queries": rows[-1]["reward_queries"],
         "seconds": round(sum(row["seconds"] for row in rows), 1),
         "training": [
-            [row["forwards"], row["reward_queries"], plain(row["reward_final"]), plain(row.get("kl"))] for row in rows
+            [row["forwards"], row["reward_queries"], plain(row.get("reward_final")), plain(row.get("kl"))]
+            for row in rows
         ],
     }
 
