@@ -168,7 +168,7 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     for name, algorithm in VARIANTS.items():
         run = recipe(algorithm)
-        plan = make_plan(run)
+        plan = make_plan(run, cpu=True)
         with TemporaryDirectory() as folder:
             real = Real(run, Path(folder) / "run")
             flops, bytes_ = real.operations(), real.peak_bytes()

@@ -278,7 +278,7 @@ def memory(device: torch.device) -> list[dict[str, Any]]:
         planned = build(run, "meta")
         _, cost = trajectory_cost(run)
         training = phases(run, planned.calls, cost)["collect and train"]
-        predicted = sum(planned.standing_bytes().values()) + peak_bytes(training)
+        predicted = sum(planned.standing_bytes(run.optimizer).values()) + peak_bytes(training)
         measured = None
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from tailorpo import eight_bit
 from tailorpo._distributed import ALONE, Processes
 from tailorpo.errors import CheckpointError, DivergedError
 from tailorpo.settings import check_fields
@@ -29,6 +30,7 @@ class Optimizer:
     """The `optimizer` section of a run file: AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101).
 
     Attributes:
+        name: "adamw", or "adamw8bit" with moments in 8 bits, a quarter of the memory, which needs bitsandbytes.
         lr: learning rate after the warm-up.
         betas: decay of the two moments.
         weight_decay: decoupled decay per step, times lr.
@@ -37,6 +39,7 @@ class Optimizer:
         warmup: optimizer steps over which the learning rate rises linearly.
     """
 
+    name: Literal["adamw", "adamw8bit"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-4
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
@@ -46,6 +49,20 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    def missing(self) -> str | None:
+        """What has to be installed first, in words; None if nothing has."""
+        return eight_bit.missing() if self.name == "adamw8bit" else None
+
+    def state_bytes(self, values: int) -> int:
+        """Bytes of both moments of a parameter of so many values."""
+        return eight_bit.state_bytes(values) if self.name == "adamw8bit" else 8 * values
+
+    def make(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer of these parameters, in one group."""
+        if self.name == "adamw8bit":
+            return eight_bit.make_adamw8bit(parameters, self)
+        return torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, eps=self.eps)
 
 
 class Learner:
@@ -62,13 +79,7 @@ class Learner:
         self.processes = processes
         self.config = config
         self.steps = 0
-        self._adamw = torch.optim.AdamW(
-            list(self.parameters.values()),
-            lr=config.lr,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            eps=config.eps,
-        )
+        self._adamw = config.make(list(self.parameters.values()))
         self._parts: list[Tensor] = []
         self._losses: list[float] = []
         self._norms: list[float] = []
@@ -130,9 +141,10 @@ class Learner:
         state: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             found = {f"parameter/{name}": parameter.detach()}
-            found |= {f"optimizer/{key}/{name}": value for key, value in self._adamw.state.get(parameter, {}).items()}
+            moments = eight_bit.saved(self._adamw.state.get(parameter, {}))
+            found |= {f"optimizer/{key}/{name}": torch.as_tensor(value) for key, value in moments.items()}
             for key, value in found.items():
-                gathered = whole(torch.as_tensor(value).detach())
+                gathered = whole(value.detach())
                 if keep:
                     state[key] = gathered.cpu().contiguous()
         return state
@@ -156,11 +168,17 @@ class Learner:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(cut_like(tensors[f"parameter/{name}"], parameter))
+        state: dict[str, dict[str, Tensor]] = {}
         for key_name, value in tensors.items():
             kind, _, rest = key_name.partition("/")
             if kind == "optimizer":
                 key, _, name = rest.partition("/")
-                parameter = self.parameters[name]
-                placed = value.clone() if key == "step" else cut_like(value.clone(), parameter)
-                self._adamw.state[parameter][key] = placed
+                state.setdefault(name, {})[key] = value
+        for index, (name, parameter) in enumerate(self.parameters.items()):
+            if name in state and self.config.name == "adamw8bit":
+                eight_bit.restore(self._adamw, index, state[name])
+            elif name in state:
+                for key, value in state[name].items():
+                    placed = value.clone() if key == "step" else cut_like(value.clone(), parameter)
+                    self._adamw.state[parameter][key] = placed
         self.steps = steps

@@ -333,6 +333,12 @@ def _impossible(values: Mapping[str, Any]) -> list[str]:
     batch: Batch | None = values.get("batch")
     if batch is not None and batch.micro > batch.trajectories:
         problems.append(f"batch.micro is {batch.micro}, more than the {batch.trajectories} of batch.trajectories")
+    optimizer, model = values.get("optimizer"), values.get("model")
+    if optimizer and optimizer.name == "adamw8bit" and model and model.full and model.channels_last:
+        problems.append(
+            "optimizer.name: adamw8bit lays every weight out anew, which undoes model.channels_last of a network"
+            " that is trained as a whole; leave channels_last out, or use adamw"
+        )
     for name in cast(tuple[str, ...], values.get("trackers", ())):
         if name not in TRACKERS:
             known = did_you_mean(name, TRACKERS) or f"; known are {', '.join(TRACKERS)}"
@@ -360,6 +366,9 @@ def _missing(value: Any, name: str) -> list[str]:
         return [f"{name}.misranks: {each}" for each in misrank_problems(value.misranks)]
     if isinstance(value, ModelConfig):
         return [f"{name}.{problem}" for problem in value.missing()]
+    if isinstance(value, Optimizer):
+        lacking = value.missing()
+        return [f"{name}.name: {lacking}"] if lacking else []
     if isinstance(value, RewardEntry):
         return _missing(value.reward, name)
     if isinstance(value, AutoSteps):

@@ -35,6 +35,7 @@ def check_shares(run: Run, processes: Processes) -> None:
         name
         for name, there in (
             ("sentinels", run.sentinels is not None),
+            ("optimizer.name: adamw8bit", run.optimizer.name == "adamw8bit"),
             ("algorithm.kl_target", isinstance(method, TailorPO) and method.kl_target is not None),
             ("algorithm.reference", isinstance(method, TailorPO) and method.reference != "base"),
         )

@@ -17,7 +17,7 @@ from tailorpo.images import load_png
 from tailorpo.run import Run
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-COMMANDS = ("train", "resume", "sample", "eval", "report", "export", "show", "rewards", "models")
+COMMANDS = ("train", "resume", "sample", "eval", "report", "export", "show", "serve-reward", "rewards", "models")
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import torch
 from tiny import save_tiny_model
 from tiny_run import refused, settings, tailorpo, write_recipe
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from tailorpo.models import LoRA, ModelConfig
@@ -272,3 +273,33 @@ def test_mistakes_are_named(tiny_folder: Path, tmp_path: Path) -> None:
         assert "config.json cannot be read" in refused("plan", recipe)
     finally:
         (tmp_path / "kept").rename(tiny_folder / "unet" / "config.json")
+
+
+def test_the_copies_of_a_convolution_on_a_cpu_are_counted_by_hand() -> None:
+    x, weight = torch.zeros(2, 32, 8, 8, device="meta"), torch.zeros(8, 32, 3, 3, device="meta")
+    given, kernel, made = 2 * 32 * 64 * 4, 8 * 32 * 9 * 4, 2 * 8 * 64 * 4
+
+    def narrowing() -> None:
+        functional.conv2d(x, weight, padding=1)
+
+    def widening() -> None:
+        functional.conv2d(x[:, :8], weight.transpose(0, 1), padding=1)
+
+    assert peak_bytes(narrowing) == made
+    assert peak_bytes(narrowing, layouts=True) == made + given + kernel
+    assert peak_bytes(widening, layouts=True) == given + max(made + kernel, given)
+
+    def back() -> None:
+        leaf = x.detach().requires_grad_()
+        torch.autograd.grad(functional.conv2d(leaf, weight, padding=1), leaf, torch.zeros(2, 8, 8, 8, device="meta"))
+
+    # The output and the gradient given for it are alive; the copies are of that gradient and the weight, or of what is
+    # made, the gradient of x, which is larger.
+    assert peak_bytes(back, layouts=True) == 2 * made + 2 * given
+
+
+def test_a_plan_for_the_cpu_needs_more_memory_and_nothing_else_more(tiny_folder: Path) -> None:
+    run = Run.from_dict(settings(tiny_folder))
+    gpu, cpu = make_plan(run), make_plan(run, cpu=True)
+    assert cpu.peak_bytes > gpu.peak_bytes
+    assert cpu.work == gpu.work

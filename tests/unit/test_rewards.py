@@ -300,6 +300,7 @@ def test_the_list_of_rewards_tells_the_truth() -> None:
         "hpsv3",
         "ocr",
         "vision_judge",
+        "remote",
         "jpeg_compressibility",
         "jpeg_incompressibility",
         "colourfulness",

@@ -22,6 +22,7 @@ from tailorpo.algorithms.spo import SPO
 from tailorpo.describe import trajectory_cost
 from tailorpo.models import DType
 from tailorpo.models.trained import Full
+from tailorpo.optimizer import Optimizer
 from tailorpo.plan.accounting import Calls, operations, peak_bytes, seconds, tensor_bytes, unit_costs
 from tailorpo.plan.devices import this_device
 from tailorpo.plan.estimate import Estimate, Phase, Plan, Work
@@ -35,13 +36,14 @@ _LONGEST = 60.0
 """Seconds that the calls may take on this machine to be timed one by one."""
 
 
-def make_plan(run: Run, *, architecture: Architecture | None = None, measure: bool = False) -> Plan:
+def make_plan(run: Run, *, architecture: Architecture | None = None, measure: bool = False, cpu: bool = False) -> Plan:
     """Count what the run costs.
 
     Args:
         run: its weights need not be there.
         architecture: the networks to count instead of those in model.path.
         measure: load rewards whose architecture is not known, and count a call.
+        cpu: whether it is to run on a CPU, whose convolutions need more memory.
 
     Raises:
         UserError: config.json files, prompts or a reward cannot be used.
@@ -50,8 +52,8 @@ def make_plan(run: Run, *, architecture: Architecture | None = None, measure: bo
     _, cost = trajectory_cost(run)
     units = unit_costs(parts.calls, operations, judge=parts.judge)
     rewards = [*parts.rewards, *([parts.judge] if parts.judge else [])]
-    moments = {name: peak_bytes(phase) for name, phase in phases(run, parts.calls, cost).items()}
-    memory = parts.standing_bytes() | {"activations, at most": max(moments.values())}
+    moments = {name: peak_bytes(phase, layouts=cpu) for name, phase in phases(run, parts.calls, cost).items()}
+    memory = parts.standing_bytes(run.optimizer) | {"activations, at most": max(moments.values())}
     assumed = [parts.network.assumption, *(reward.assumption for reward in rewards)]
     return Plan(
         run,
@@ -97,7 +99,7 @@ class Parts:
         scale = run.sampler.guidance_scale
         return cls(network, rewards, judge, Calls(network, rewards, guidance_scale=scale))
 
-    def standing_bytes(self) -> dict[str, int]:
+    def standing_bytes(self, optimizer: Optimizer) -> dict[str, int]:
         """What is in memory all the time, by what it holds."""
         model, judge = self.network.model, [self.judge] if self.judge else []
         trained = tensor_bytes(model.trainable().values())
@@ -110,7 +112,8 @@ class Parts:
             "VAE": tensor_bytes([*model.vae.parameters(), *(model.tiny_vae.parameters() if model.tiny_vae else ())]),
             "text encoders": sum(tensor_bytes(encoder.parameters()) for encoder in model.parts.text_encoders),
             "rewards": sum(tensor_bytes(module.parameters()) for module in modules),
-            "what is trained, its gradient, Adam's moments": 4 * trained,
+            "what is trained, its gradient, Adam's moments": 2 * trained
+            + sum(optimizer.state_bytes(parameter.numel()) for parameter in model.trainable().values()),
         }
 
 

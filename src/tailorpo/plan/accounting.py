@@ -33,6 +33,8 @@ Gradient = Literal["none", "weights", "input"]
 _TIME = 500
 """The network's time does not change what a call costs."""
 _ATEN: Any = torch.ops.aten
+_CONVOLUTIONS: dict[Any, int] = {_ATEN.convolution.default: 1, _ATEN.convolution_backward.default: 2}
+"""Where among the arguments the weight is."""
 
 
 @contextmanager
@@ -87,11 +89,14 @@ class Operations(TorchDispatchMode):
 class LiveBytes(TorchDispatchMode):
     """Bytes of the storages that operations made and that are still alive, and the most there were.
 
-    Storages that were there before (weights, inputs) are not counted. Workspaces inside a kernel are not seen.
+    Storages that were there before (weights, inputs) are not counted. Workspaces inside a kernel are not seen, except,
+    with `layouts`, a convolution's: on a CPU, oneDNN copies what goes in and the weight into a layout of its own, and
+    what comes out back from it when the first two copies are gone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, layouts: bool = False) -> None:
         super().__init__()
+        self._layouts = layouts
         self.now = 0
         self.peak = 0
         self._known: dict[int, Any] = {}
@@ -104,7 +109,11 @@ class LiveBytes(TorchDispatchMode):
         for made in tree_leaves(output):
             if isinstance(made, Tensor):
                 self._note(made, made=True)
-        self.peak = max(self.peak, self.now)
+        copies = 0
+        if self._layouts and func in _CONVOLUTIONS:
+            made = [each for each in tree_leaves(output) if isinstance(each, Tensor)]
+            copies = max(tensor_bytes((args[0], args[_CONVOLUTIONS[func]])), tensor_bytes(made))
+        self.peak = max(self.peak, self.now + copies)
         return output
 
     def _note(self, tensor: Tensor, *, made: bool) -> None:
@@ -192,9 +201,9 @@ def operations(call: Callable[[], object]) -> float:
     return float(meter.total)
 
 
-def peak_bytes(call: Callable[[], object]) -> int:
-    """The most bytes alive at once that a call allocates."""
-    meter = LiveBytes()
+def peak_bytes(call: Callable[[], object], *, layouts: bool = False) -> int:
+    """The most bytes alive at once that a call allocates; `layouts`: with a CPU's copies, see `LiveBytes`."""
+    meter = LiveBytes(layouts=layouts)
     with fused_attention(), meter:
         call()
     return meter.peak

@@ -42,7 +42,8 @@ def show_plan(
     names = [*DEVICES, *_HERE]
     if device is not None and device not in names:
         raise UserError(f"--device {device}: known are {', '.join(names)}{did_you_mean(device, names)}")
-    plan = make_plan(run, architecture=architecture, measure=measure)
+    cpu = device == "cpu" or (device == "this" and pick_device().type == "cpu")
+    plan = make_plan(run, architecture=architecture, measure=measure, cpu=cpu)
     estimates = _estimates(plan, device, efficiency=efficiency, architecture=architecture, measure=measure)
     if console is None:
         typer.echo(json.dumps(to_dict(plan, estimates, price=price), indent=2))

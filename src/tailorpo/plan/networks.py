@@ -50,6 +50,7 @@ from tailorpo.rewards import (
     JpegCompressibility,
     JpegIncompressibility,
     PickScore,
+    RemoteReward,
     RewardConfig,
 )
 from tailorpo.rewards.aesthetic import AestheticScorer
@@ -200,6 +201,8 @@ def build_reward(config: RewardConfig, device: torch.device | str, *, load: bool
     name = config.name
     if isinstance(config, JpegCompressibility | JpegIncompressibility | Colourfulness | Brightness):
         return RewardNetwork(name)
+    if isinstance(config, RemoteReward):
+        return RewardNetwork(name, assumption="reward remote: what its server computes and holds is not counted")
     if isinstance(config, ImageReward):
         return _image_reward(name, device)
     if isinstance(config, HPSv2):

@@ -32,6 +32,7 @@ from tailorpo.rewards.image_reward import ImageReward
 from tailorpo.rewards.jpeg import JpegCompressibility, JpegIncompressibility
 from tailorpo.rewards.ocr import OCR
 from tailorpo.rewards.pickscore import PickScore
+from tailorpo.rewards.remote import RemoteReward
 from tailorpo.rewards.scorer import Reward, Scorer, StepAware
 from tailorpo.rewards.step_preference import EmojiStepPreference
 from tailorpo.rewards.vision_judge import VisionJudge
@@ -50,6 +51,7 @@ BuiltinReward = (
     | HPSv3
     | OCR
     | VisionJudge
+    | RemoteReward
     | JpegCompressibility
     | JpegIncompressibility
     | Colourfulness
@@ -124,13 +126,14 @@ def describe_rewards() -> tuple[RewardInfo, ...]:
         HPSv3,
         OCR,
         VisionJudge,
+        RemoteReward,
         JpegCompressibility,
         JpegIncompressibility,
         Colourfulness,
         Brightness,
     )
     kinds: list[tuple[str, type[RewardConfig], bool | None]] = [
-        *((kind.__dataclass_fields__["name"].default, kind, kind.differentiable) for kind in builtin),
+        *((kind.__dataclass_fields__["name"].default, kind, _has_gradient(kind)) for kind in builtin),
         ("package.module:attribute", CustomReward, None),
     ]
     return tuple(
@@ -145,6 +148,10 @@ def describe_rewards() -> tuple[RewardInfo, ...]:
         )
         for name, kind, differentiable in kinds
     )
+
+
+def _has_gradient(kind: type[BuiltinReward]) -> bool | None:
+    return None if kind is RemoteReward else kind.differentiable
 
 
 __all__ = [
@@ -167,6 +174,7 @@ __all__ = [
     "JpegIncompressibility",
     "NeedsFiles",
     "PickScore",
+    "RemoteReward",
     "Reward",
     "RewardConfig",
     "RewardEntry",

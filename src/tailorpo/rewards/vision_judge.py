@@ -24,12 +24,10 @@ import math
 import os
 import re
 import threading
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from http.client import HTTPException
 from typing import Annotated, Any, Literal
 
 import torch
@@ -39,6 +37,7 @@ from torch import Tensor
 
 from tailorpo.errors import RewardError
 from tailorpo.images import png_bytes, to_pil
+from tailorpo.rewards.http import NoAnswerError, ask
 from tailorpo.settings import check_fields
 
 QUESTIONS = {
@@ -51,7 +50,6 @@ QUESTIONS = {
 """What is asked where the run file has no question of its own."""
 
 _NUMBER = r"-?\d+(?:\.\d+)?"
-_LONGEST_PAUSE = 30.0
 
 Positive = Annotated[int, Field(ge=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -122,13 +120,6 @@ class VisionJudge:
         return VisionJudgeScorer(self, key)
 
 
-class _StayHere(urllib.request.HTTPRedirectHandler):
-    """A redirected POST would lose its body and carry the key to another server."""
-
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
-        """Refuse: the redirection becomes an HTTPError."""
-
-
 class VisionJudgeScorer:
     """The judge, ready to be asked."""
 
@@ -139,7 +130,6 @@ class VisionJudgeScorer:
         self.name = config.name
         self.config = config
         self._address = f"{config.url.rstrip('/')}/chat/completions"
-        self._opener = urllib.request.build_opener(_StayHere)
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -193,25 +183,12 @@ class VisionJudgeScorer:
     def _post(self, body: bytes, stop: threading.Event) -> Any:
         """The server's JSON, after as many attempts as it takes."""
         request = urllib.request.Request(self._address, data=body, headers=self._headers, method="POST")
-        for attempt in range(1, self.config.retries + 2):
-            pause = 0.25 * 2.0**attempt
-            try:
-                with self._opener.open(request, timeout=self.config.timeout) as response:
-                    return json.loads(response.read())
-            except urllib.error.HTTPError as error:
-                said, again = f"{error.code} {error.reason}: {_body(error)}", error.code == 429 or error.code >= 500
-                pause = _asked_pause(error.headers.get("Retry-After")) or pause
-            except (OSError, HTTPException) as error:
-                reason = error.reason if isinstance(error, urllib.error.URLError) else error
-                said, again = f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else reason, True
-            except ValueError as error:
-                said, again = f"something that is not JSON: {error}", False
-            if not again or attempt > self.config.retries or stop.wait(min(pause, _LONGEST_PAUSE)):
-                attempts = "1 attempt" if attempt == 1 else f"{attempt} attempts"
-                raise RewardError(
-                    f"reward {self.name!r}: no answer from {self._address} after {attempts}; it said\n  {said}"
-                )
-        raise AssertionError("the last attempt returns or raises")
+        try:
+            return ask(request, _json, timeout=self.config.timeout, retries=self.config.retries, stop=stop)
+        except NoAnswerError as error:
+            raise RewardError(
+                f"reward {self.name!r}: no answer from {self._address} after {error.attempts}; it said\n  {error.said}"
+            ) from error
 
     def _text(self, reply: Any) -> str:
         """The text of an answer; empty where a server says null, as for a refusal."""
@@ -281,19 +258,11 @@ def _data_url(image: Tensor, side: int | None) -> str:
     return "data:image/png;base64," + base64.b64encode(png_bytes(picture)).decode()
 
 
-def _body(error: urllib.error.HTTPError) -> str:
+def _json(answer: bytes) -> Any:
     try:
-        return error.read(2000).decode(errors="replace").strip()
-    except (OSError, HTTPException):
-        return "(and hung up)"
-
-
-def _asked_pause(header: str | None) -> float | None:
-    """Seconds of a Retry-After header; None without one, or where it is a date."""
-    try:
-        return None if header is None else max(0.0, float(header))
-    except ValueError:
-        return None
+        return json.loads(answer)
+    except ValueError as error:
+        raise ValueError(f"something that is not JSON: {error}") from error
 
 
 def _groups(pattern: str) -> int:
