@@ -8,6 +8,7 @@ Everything heavy is imported inside the commands, so that help and mistakes answ
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from typing import Annotated
@@ -15,7 +16,7 @@ from typing import Annotated
 import typer
 
 from tailorpo import __version__
-from tailorpo.cli import look, pictures, runs
+from tailorpo.cli import look, pictures, runs, serve
 from tailorpo.cli.jensen import jensen
 from tailorpo.cli.support import polite
 from tailorpo.errors import UserError
@@ -57,6 +58,7 @@ def _root(
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     command, count = context.invoked_subcommand, os.environ.get("WORLD_SIZE") or "1"
     if int(count) > 1 and command not in ("train", "resume", "eval"):
         raise UserError(f"`tailorpo {command}` works in one process, not {count}; start it without a launcher")
@@ -73,6 +75,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "show": look.show,
     "plan": look.plan,
     "jensen": jensen,
+    "serve-reward": serve.serve_reward,
     "rewards": look.rewards,
     "models": look.models,
     "experiment": look.experiment,
