@@ -15,6 +15,7 @@ from PIL import Image
 
 from tailorpo.algorithms.tailorpo import TailorPO
 from tailorpo.errors import UserError
+from tailorpo.experiments.alarms import alarm_table
 from tailorpo.experiments.catalogue import FURTHER, GRIDS, KNOBS, LEARNING_RATES, METHODS, OBJECTS, PREFERENCE
 from tailorpo.experiments.cell import RESULT, marks, run_cell
 from tailorpo.experiments.conduct import Conduct, write_views
@@ -523,3 +524,17 @@ def test_methods_run_with_the_winners_of_tune(tmp_path: Path) -> None:
     assert plan.digest != before.digest  # what was measured with the recipe's settings is out of date
     eight = ["batch.trajectories=8", "batch.micro=8"]
     assert conduct.head()["tuned"] == {"TailorPO": ["optimizer.lr=3e-3", "algorithm.beta=0.3", *eight]}
+
+
+def test_alarms_by_hand() -> None:
+    def look(update: int, state: str, judge: float, **more: Any) -> dict[str, Any]:
+        found = {"update": update, "state": state, "judge": judge, "base": 5.0, "diversity": 1.0, "kl": 1.0}
+        return {**found, "forwards": 100, "restored": None, **more}
+
+    healthy = {"sentinels": [look(2, "ok", 5.5), look(4, "warning", 5.75)]}
+    hacked = {"sentinels": [look(2, "ok", 5.25), look(4, "hacking", 4.75, restored=2)]}
+    table = alarm_table({"plain": [{}], "watched": [healthy, hacked]})
+    assert table is not None
+    (row,) = [line for line in table.splitlines() if line.startswith("| watched")]
+    assert row == "| watched | 2 | 1 | none, 4 | +0.75, +0.25 | -, 0.50 | 2 | 200 |"
+    assert alarm_table({"plain": [{}]}) is None

@@ -49,7 +49,7 @@ BEYOND = tuple(
 _MEMBERS = f"[{{name: <reward>}}, {{name: {PREFERENCE}}}, {{name: emoji_step_preference}}]"
 _PUSHED = ("algorithm.beta=0.02", "optimizer.lr=2e-3")
 """Hard enough that a reward that can be hacked is hacked within the budget; as in `pushed`."""
-_SENTINELS = ("sentinels.every=1", "sentinels.judge={name: emoji_judge}")
+_SENTINELS = ("sentinels.every=2", "sentinels.judge={name: emoji_judge}")
 
 
 def _hacking(name: str, *overrides: str, rewards: tuple[str, ...] = HACKABLE) -> Variant:

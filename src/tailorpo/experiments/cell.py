@@ -27,6 +27,7 @@ from torch import Tensor
 
 from tailorpo._distributed import pick_device
 from tailorpo.evaluate import SIDES, evaluate
+from tailorpo.experiments.alarms import looks_of
 from tailorpo.experiments.grid import Plan, settings_of
 from tailorpo.files import atomic_write
 from tailorpo.models import DiffusionModel
@@ -153,6 +154,7 @@ def _description(plan: Plan, directory: RunDirectory) -> dict[str, Any]:
         "input_gradients": plan.input_gradients,
         "reward_queries": rows[-1]["reward_queries"],
         "seconds": round(sum(row["seconds"] for row in rows), 1),
+        **({"sentinels": looks_of(rows)} if plan.run.sentinels else {}),
         "training": [
             [row["forwards"], row["reward_queries"], plain(row.get("reward_final")), plain(row.get("kl"))]
             for row in rows

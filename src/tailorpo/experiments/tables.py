@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tailorpo.experiments.alarms import alarm_table
 from tailorpo.experiments.grid import Grid
 from tailorpo.experiments.statistics import Estimate, Matrix, improvement, iqm, mean
 
@@ -56,9 +57,7 @@ def grid_tables(grid: Grid, content: dict[str, Any]) -> str:
         rows = by_variant(grid, cells, reward)
         if rows:
             parts.append(f"### {reward}\n\n{_reward_table(grid, rows)}")
-            compared = _comparison(grid, rows)
-            if compared:
-                parts.append(compared)
+            parts += [part for part in (_comparison(grid, rows), alarm_table(rows)) if part]
     return "\n\n".join(parts) + "\n"
 
 
