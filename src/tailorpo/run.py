@@ -363,7 +363,8 @@ def _missing(value: Any, name: str) -> list[str]:
     if isinstance(value, DiffusionDPO):
         return [f"{name}.pairs: {value.pairs}: {each}" for each in pair_problems(Path(value.pairs).expanduser())]
     if isinstance(value, TailorPO):
-        return [f"{name}.misranks: {each}" for each in misrank_problems(value.misranks)]
+        found = [f"{name}.misranks: {each}" for each in misrank_problems(value.misranks)]
+        return found + _missing(value.train_steps, f"{name}.train_steps")
     if isinstance(value, ModelConfig):
         return [f"{name}.{problem}" for problem in value.missing()]
     if isinstance(value, Optimizer):

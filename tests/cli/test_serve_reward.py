@@ -29,7 +29,13 @@ def served(tmp_path: Path) -> Iterator[dict[str, Any]]:
     recipe = write_recipe(tmp_path, "nowhere", reward={"name": "emoji_preference"})  # the model is not needed
     environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     command = [sys.executable, "-m", "tailorpo", "serve-reward", str(recipe), "--port", "0", "--device", "cpu"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+
+    def hear_interrupts() -> None:  # which a test suite in a shell's background does not pass on
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=hear_interrupts
+    ) as process:
         try:
             assert process.stdout is not None
             said = process.stdout.readline()
@@ -38,7 +44,10 @@ def served(tmp_path: Path) -> Iterator[dict[str, Any]]:
             yield yaml.safe_load(section)
         finally:
             process.send_signal(signal.SIGINT)
-            assert process.wait(10) == 130
+            try:
+                assert process.wait(60) == 130
+            finally:
+                process.kill()
 
 
 def test_a_run_with_a_remote_reward_is_the_run_without(

@@ -41,7 +41,7 @@ def trained(policy: Policy, tiny_folder: Path, tmp_path: Path) -> Trained:
     lora = {"rank": 2, "alpha": 6.0, "targets": "attention+conv"}
     run = Run.from_dict(settings(tiny_folder, model={"path": str(tiny_folder), "lora": lora}))
     directory = RunDirectory.create(tmp_path / "the run", run)
-    write_trained(policy.model, run, directory, updates=run.updates)
+    write_trained(policy.model, run, directory, updates=run.updates, tensors={})
     return Trained.open(directory.path)
 
 

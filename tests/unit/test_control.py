@@ -162,7 +162,7 @@ def test_beta_by_gaps_by_hand(policy: Policy) -> None:
         ({"kl_target": 50.0, "reference": {"ema": 0.9}}, "a moving reference lets go of"),
         ({"kl_target": -1.0}, "kl_target must be positive"),
         ({"kl_mask": 0.0}, "kl_mask must be positive"),
-        ({"kl_penalty": -0.1}, "kl_penalty and kl_measured must be at least 0"),
+        ({"kl_penalty": -0.1}, "kl_penalty must be at least 0, got -0.1"),
         ({"kl_steps": [3]}, "kl_steps has no effect"),
         ({"kl_steps": [4], "kl_penalty": 0.1}, "kl_steps must be in 0..3"),
         ({"reference": {"ema": 0.9, "every": 3}}, "and not both"),

@@ -197,6 +197,13 @@ class TailorPO:
         wanted = {*(last if self.kl_steps is None else self.kl_steps)} - {*trained}
         return tuple(k for k in sorted(wanted) if k < walked)
 
+    def measured_between(self, steps: int, trained: Sequence[int]) -> int:
+        """How many evaluations of the base model the KL of one measured trajectory takes."""
+        if not self.finish:
+            return 0
+        known = {*trained, *self.penalised_between(steps, trained)} if self.reference == "base" else set[int]()
+        return steps - len(known)
+
     def trained_steps(self, steps: int, *, noise: Noise, update: int) -> tuple[int, ...]:
         """The trained steps of one update, ascending."""
         wanted = self.train_steps

@@ -10,7 +10,7 @@ assumed and what is not counted is part of the plan. On the present machine (`me
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from tailorpo.algorithms.base import Cost
 from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
 from tailorpo.algorithms.reward_backprop import RewardBackprop
 from tailorpo.algorithms.spo import SPO
+from tailorpo.algorithms.tailorpo import TailorPO
 from tailorpo.describe import trajectory_cost
 from tailorpo.models import DType
 from tailorpo.models.trained import Full
@@ -120,7 +121,10 @@ class Parts:
 def _work(run: Run, cost: Cost, units: dict[str, float]) -> tuple[Work, ...]:
     """How many calls of each kind there are."""
     # Where the trained steps are drawn anew for every update, these are means over updates.
-    costs = [trajectory_cost(run, update=update)[1] for update in range(min(run.updates, _UPDATES))]
+    trained, costs = zip(
+        *(trajectory_cost(run, update=update) for update in range(min(run.updates, _UPDATES))), strict=True
+    )
+    measuring = sum(_measuring(run, steps) for steps in trained) / len(trained)
 
     def mean(number: Callable[[Cost], int]) -> float:
         return sum(map(number, costs)) / len(costs)
@@ -143,7 +147,7 @@ def _work(run: Run, cost: Cost, units: dict[str, float]) -> tuple[Work, ...]:
     return (
         work("text", "once", texts),
         work("forward", "training", mean(lambda each: each.forwards - each.references) / worth),
-        work("reference forward", "training", mean(lambda each: each.references) / worth),
+        work("reference forward", "training", mean(lambda each: each.references) / worth + measuring),
         work("backward", "training", mean(lambda each: each.backwards) / worth),
         work("input gradient", "training", mean(lambda each: each.input_gradients) * cost.scored_rows),
         work("draft decode", "training", drafts),
@@ -159,6 +163,15 @@ def _work(run: Run, cost: Cost, units: dict[str, float]) -> tuple[Work, ...]:
         # The judge also gives the features that diversity is measured in.
         work("judge", "evaluation", 2 * pictures if run.eval.judge else 0, dtype="float32"),
     )
+
+
+def _measuring(run: Run, trained: Sequence[int]) -> float:
+    """Evaluations of the base model for the KL that is logged, per trajectory."""
+    method = run.algorithm
+    if not isinstance(method, TailorPO):
+        return 0.0
+    measured = min(method.kl_measured, run.batch.trajectories)
+    return measured * method.measured_between(run.sampler.steps, trained) / run.batch.trajectories
 
 
 def phases(run: Run, calls: Calls, cost: Cost) -> dict[str, Callable[[], None]]:
