@@ -76,7 +76,10 @@ def path_table(run: Run) -> Table:
     if isinstance(run.algorithm, TailorPO | SPO):
         names.append("tailorpo.algorithms.pairs")
     if isinstance(run.algorithm, TailorPO):
-        names.append("tailorpo.algorithms.labels")
+        names += [f"tailorpo.algorithms.{name}" for name in ("kl_step", "labels", "ranking")]
+        names.append("tailorpo.control")
+        if guidance is not None:
+            names.append("tailorpo.algorithms.guided")
         if run.algorithm.objective == "plackett_luce":
             names.append("tailorpo.algorithms.groups")
     names += [type(section).__module__ for section in sections if section is not None]
