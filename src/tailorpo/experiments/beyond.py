@@ -8,7 +8,7 @@ with two preference models under every rule, and alone with sentinels.
 from __future__ import annotations
 
 from tailorpo.experiments.grid import Grid, Variant
-from tailorpo.experiments.protocol import BUDGET, COLOUR, EVALUATION, JPEG, PREFERENCE
+from tailorpo.experiments.protocol import BUDGET, COLOUR, EVALUATION, JPEG, PAPERS_G, PREFERENCE
 from tailorpo.prompts import PromptsConfig, load_prompts
 
 HACKABLE = (JPEG, COLOUR)
@@ -26,13 +26,13 @@ _PLAIN = {
     "KL target 100": ("algorithm.kl_target=100",),
 }
 _GUIDED = {
-    "TailorPO-G": (),
-    "G, symmetric": (_SYMMETRIC,),
-    "G, best of 4": ("algorithm.candidates=4",),
-    "G, soft labels": ("algorithm.labels=soft", "algorithm.tau=auto", "algorithm.beta=0.2"),
-    "G, moving reference": ("algorithm.reference={ema: 0.9}",),
-    "G, KL target 100": ("algorithm.kl_target=100",),
-    "G, symmetric, KL target 100": (_SYMMETRIC, "algorithm.kl_target=100"),
+    "TailorPO-G": PAPERS_G,
+    "G, symmetric": (*PAPERS_G, _SYMMETRIC),
+    "G, best of 4": (*PAPERS_G, "algorithm.candidates=4"),
+    "G, soft labels": (*PAPERS_G, "algorithm.labels=soft", "algorithm.tau=auto", "algorithm.beta=0.2"),
+    "G, moving reference": (*PAPERS_G, "algorithm.reference={ema: 0.9}"),
+    "G, KL target 100": (*PAPERS_G, "algorithm.kl_target=100"),
+    "G, symmetric, KL target 100": (*PAPERS_G, _SYMMETRIC, "algorithm.kl_target=100"),
 }
 """Settings that no other experiment has tuned: the strengths are those at which a trained step's fixed point is at some
 nats of KL (docs/algorithms/tailorpo.md), chosen before the runs."""

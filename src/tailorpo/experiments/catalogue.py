@@ -11,14 +11,14 @@ from dataclasses import replace
 from tailorpo.experiments import beyond, gradient_direction, pair_worth, pushed, step_reward
 from tailorpo.experiments.grid import Grid, Variant
 from tailorpo.experiments.measurement import Measurement
-from tailorpo.experiments.protocol import BUDGET, COLOUR, EVALUATION, JPEG, PREFERENCE
+from tailorpo.experiments.protocol import BUDGET, COLOUR, EVALUATION, JPEG, PAPERS_G, PREFERENCE
 
 METHODS = (
     Variant(name="DDPO", recipe="emoji_ddpo.yaml", tuned="DDPO"),
     Variant(name="D3PO", recipe="emoji_d3po.yaml", tuned="D3PO"),
     Variant(name="SPO", recipe="emoji_spo.yaml", overrides=("algorithm.step_reward=predicted",), tuned="SPO"),
     Variant(name="TailorPO", recipe="emoji_tailorpo.yaml", tuned="TailorPO"),
-    Variant(name="TailorPO-G", recipe="emoji_tailorpo_g.yaml", tuned="TailorPO-G"),
+    Variant(name="TailorPO-G", recipe="emoji_tailorpo_g.yaml", overrides=PAPERS_G, tuned="TailorPO-G"),
     Variant(name="reward backprop", recipe="emoji_reward_backprop.yaml", tuned="reward backprop"),
 )
 
@@ -36,7 +36,7 @@ ABLATION = (
     Variant(name="ranking trajectories (D3PO)", recipe="emoji_d3po.yaml", tuned="D3PO"),
     Variant(name="ranking steps", recipe="emoji_d3po.yaml", overrides=("algorithm.ranking=step",), tuned="D3PO"),
     Variant(name="+ same input (TailorPO)", recipe="emoji_tailorpo.yaml", tuned="TailorPO"),
-    Variant(name="+ guidance (TailorPO-G)", recipe="emoji_tailorpo_g.yaml", tuned="TailorPO-G"),
+    Variant(name="+ guidance (TailorPO-G)", recipe="emoji_tailorpo_g.yaml", overrides=PAPERS_G, tuned="TailorPO-G"),
 )
 """What TailorPO adds to D3PO, one thing after the other. Ranking steps is D3PO's two chains, each pair of steps
 labelled by the step reward of x_{k+1}. From there to TailorPO the loss changes too (sum in place of the mean, no
@@ -263,7 +263,7 @@ GRIDS = (
             Variant(
                 name=name,
                 recipe="emoji_tailorpo_g.yaml",
-                overrides=(f"algorithm.guidance={guidance}",),
+                overrides=(*PAPERS_G, f"algorithm.guidance={guidance}"),
                 tuned="TailorPO-G",
             )
             for name, guidance in {

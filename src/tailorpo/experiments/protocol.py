@@ -13,3 +13,6 @@ EVALUATION = (
     "eval.prompts_unseen={name: animals_unseen}",
     "eval.judge={name: emoji_judge}",
 )
+
+PAPERS_G = ("algorithm.guidance.symmetric=false", "algorithm.kl_target=null")
+"""TailorPO-G as the paper has it, and as it was tuned; the demo's recipe has since taken what `beyond` found better."""
