@@ -20,6 +20,7 @@ from tailorpo.experiments.catalogue import FURTHER, GRIDS, KNOBS, LEARNING_RATES
 from tailorpo.experiments.cell import RESULT, marks, run_cell
 from tailorpo.experiments.conduct import Conduct, write_views
 from tailorpo.experiments.grid import Grid, Plan, plans, quick
+from tailorpo.experiments.protocol import PAPERS_G
 from tailorpo.experiments.runner import Places, finished_cells, read_results, run_cells, write_results
 from tailorpo.experiments.tables import by_variant, first_crossing, gains, grid_tables
 from tailorpo.experiments.tuning import confirmed, finalists, winners
@@ -484,10 +485,11 @@ def test_refine_changes_one_thing_and_confirm_decides_between_the_two_best() -> 
     assert found["TailorPO-G, best"] == (
         "optimizer.lr=1e-3",
         "algorithm.guidance.k=4",
+        *PAPERS_G,
         "batch.trajectories=4",
         "batch.micro=4",
     )
-    assert found["TailorPO-G, second best"] == ("optimizer.lr=1e-3", *eight, "algorithm.guidance.k=8")
+    assert found["TailorPO-G, second best"] == ("optimizer.lr=1e-3", *eight, *PAPERS_G, "algorithm.guidance.k=8")
     assert found["DDPO, second best"] == ("optimizer.lr=3e-3", "algorithm.clip=1e-3", *eight)
 
     # The second seed turns the order of the one round (0.8 + 0.1 against 0.7 + 0.5), and not of the other.
