@@ -1,8 +1,8 @@
 """The KL of a step that is not trained, as something to penalise: what `kl_penalty` acts on between the pairs.
 
 A change of the network that pairs at some steps ask for changes the other steps, too, and there its KL can be many
-times larger: in the last of 20 DDIM steps of SD 1.5 one change of epsilon makes some 30 times the nats of one in the
-middle (`DDIM.noise_weight`, squared).
+times larger: in the last but one of 20 DDIM steps of SD 1.5 one change of epsilon makes some 30 times the nats of one
+in the middle (`DDIM.noise_weight`, squared).
 """
 
 from __future__ import annotations
