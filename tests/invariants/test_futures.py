@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from counting import Counter
 from tiny_run import outcome, settings, tailorpo, write_recipe
 from torch import Tensor
 
@@ -173,25 +174,12 @@ def test_network_evaluations_are_those_that_are_announced(tiny_policy: MakePolic
     policy, steps = tiny_policy(steps=6), 6
     for trained in ((1,), (0, 3, 4), (4, 5)):
         algorithm = TailorPO(update=update, train_steps=trained, step_reward=ahead)
-        items, queries = 0, 0
-        unet: Any = policy.model.unet
-
-        def count(module: Any, args: Any, output: Any) -> None:
-            nonlocal items
-            items += len(args[0])
-
-        def score(images: Tensor, prompts: Any) -> Tensor:
-            nonlocal queries
-            queries += len(images)
-            return contrast(images, prompts)
-
-        handle = unet.register_forward_hook(count)
-        for pair in collect(policy, algorithm, score=score):
+        counted = Counter(policy, contrast)
+        for pair in collect(policy, algorithm, score=counted.score):
             algorithm.loss(policy, material(policy, pair))
-        handle.remove()
         cost = algorithm.cost(steps, trained)
-        assert items == 2 * 2 * cost.forwards  # two trajectories, guided
-        assert queries == 2 * (cost.reward_queries - 1)  # the finished picture is scored by the loop
+        assert counted.items == 2 * 2 * cost.forwards  # two trajectories, guided
+        assert counted.queries == 2 * (cost.reward_queries - 1)  # the finished picture is scored by the loop
 
 
 def test_the_costs_of_five_of_twenty_steps() -> None:

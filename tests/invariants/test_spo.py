@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from counting import Counter
 from torch import Tensor
 
 from tailorpo.algorithms.pairs import CandidatePair
@@ -234,21 +235,10 @@ def test_the_walk_goes_on_from_every_rank_equally_often() -> None:
 @pytest.mark.parametrize("update", ["inline", "buffered"])
 @pytest.mark.parametrize("dropped", [False, True])
 def test_network_evaluations_are_those_that_are_announced(tiny_policy: MakePolicy, update: Any, dropped: bool) -> None:
-    policy, items, queries = tiny_policy(steps=STEPS), 0, 0
-    unet: Any = policy.model.unet
-
-    def count(module: Any, args: Any, output: Any) -> None:
-        nonlocal items
-        items += len(args[0])
-
-    def score(images: Tensor, prompts: Any) -> Tensor:
-        nonlocal queries
-        queries += len(images)
-        return contrast(images, prompts)
-
-    handle = unet.register_forward_hook(count)
+    policy = tiny_policy(steps=STEPS)
+    counted = Counter(policy, contrast)
     for first, candidates in ((0, 3), (2, 4), (STEPS - 1, 2)):
-        items = queries = backwards = saved = 0
+        counted.items = counted.queries = backwards = saved = 0
         algorithm = SPO(
             update=update,
             candidates=candidates,
@@ -258,7 +248,7 @@ def test_network_evaluations_are_those_that_are_announced(tiny_policy: MakePolic
         )
         trained, stored = algorithm.trained_steps(STEPS, noise=Noise(0), update=0), list[Any]()
         trajectories = start(policy, 1)
-        for pair in algorithm.collect(policy, trajectories, trained=trained, score=score, noise=Noise(0)):
+        for pair in algorithm.collect(policy, trajectories, trained=trained, score=counted.score, noise=Noise(0)):
             if update == "inline":
                 algorithm.loss(policy, pair).sum().backward()
                 backwards += 1
@@ -271,10 +261,9 @@ def test_network_evaluations_are_those_that_are_announced(tiny_policy: MakePolic
                 backwards += 1
         cost = algorithm.cost(STEPS, trained)
         assert trajectories.reward is not None  # nothing is left to score
-        assert items == 2 * (cost.forwards - saved)  # guidance: two items an evaluation
-        assert (backwards, queries) == (cost.backwards - saved, cost.reward_queries)
+        assert counted.items == 2 * (cost.forwards - saved)  # guidance: two items an evaluation
+        assert (backwards, counted.queries) == (cost.backwards - saved, cost.reward_queries)
         assert dropped or not saved
-    handle.remove()
 
 
 def test_the_cost_of_the_official_settings() -> None:

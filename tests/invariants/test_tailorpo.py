@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from counting import Counter
 from torch import Tensor
 
 from tailorpo.algorithms.pairs import Pair
@@ -176,23 +177,11 @@ def test_the_global_random_state_is_neither_read_nor_changed(tiny_policy: MakePo
 
 def count_evaluations(policy: Policy, algorithm: TailorPO, trained: tuple[int, ...]) -> tuple[int, int, int]:
     """Items through the UNet, backwards through it for the loss, pictures scored."""
-    items, queries = 0, 0
-    unet: Any = policy.model.unet
-
-    def count(module: Any, args: Any, output: Any) -> None:
-        nonlocal items
-        items += len(args[0])
-
-    def score(images: Tensor, prompts: Any) -> Tensor:
-        nonlocal queries
-        queries += len(images)
-        return contrast(images, prompts)
-
-    handle = unet.register_forward_hook(count)
+    counted = Counter(policy, contrast)
     noise, backwards = Noise(0), 0
     stored: list[Any] = []
     trajectories = start(policy, 1)
-    for pair in algorithm.collect(policy, trajectories, trained=trained, score=score, noise=noise):
+    for pair in algorithm.collect(policy, trajectories, trained=trained, score=counted.score, noise=noise):
         if algorithm.update == "inline":
             algorithm.loss(policy, pair).sum().backward()
             backwards += 1
@@ -203,9 +192,8 @@ def count_evaluations(policy: Policy, algorithm: TailorPO, trained: tuple[int, .
             algorithm.loss(policy, pair).sum().backward()
             backwards += 1
     if trajectories.finished:
-        score(policy.model.decode(trajectories.latents), trajectories.prompts)
-    handle.remove()
-    return items, backwards, queries
+        counted.score(policy.model.decode(trajectories.latents), trajectories.prompts)
+    return counted.items, backwards, counted.queries
 
 
 GUIDANCES = [

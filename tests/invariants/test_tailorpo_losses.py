@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from counting import Counter
 from tiny_run import outcome, refused, settings, tailorpo, write_recipe
 from torch import Tensor
 
@@ -161,25 +162,14 @@ def test_guidance_moves_the_best_of_all_and_nothing_else(tiny_policy: MakePolicy
 
 @pytest.mark.parametrize("update", ["inline", "buffered"])
 def test_network_evaluations_are_those_that_are_announced(tiny_policy: MakePolicy, update: Any) -> None:
-    policy, items, queries = tiny_policy(steps=STEPS), 0, 0
-    unet: Any = policy.model.unet
-
-    def count(module: Any, args: Any, output: Any) -> None:
-        nonlocal items
-        items += len(args[0])
-
-    def score(images: Tensor, prompts: Any) -> Tensor:
-        nonlocal queries
-        queries += len(images)
-        return contrast(images, prompts)
-
-    handle = unet.register_forward_hook(count)
+    policy = tiny_policy(steps=STEPS)
+    counted = Counter(policy, contrast)
     for options in (*LOSSES, {"candidates": 5, "guidance": SigmaGuidance(accept_reject=True)}):
         steps = (0, 1, 5)
-        items = queries = 0
+        counted.items = counted.queries = 0
         algorithm = TailorPO(train_steps=steps, update=update, **options)
         stored: list[Any] = []
-        for pair in algorithm.collect(policy, start(policy, 1), trained=steps, score=score, noise=Noise(0)):
+        for pair in algorithm.collect(policy, start(policy, 1), trained=steps, score=counted.score, noise=Noise(0)):
             if update == "inline":
                 algorithm.loss(policy, pair).sum().backward()
             else:
@@ -187,8 +177,8 @@ def test_network_evaluations_are_those_that_are_announced(tiny_policy: MakePolic
         for each in stored:
             algorithm.loss(policy, each).sum().backward()
         cost = algorithm.cost(STEPS, steps)
-        assert (items, queries + 1) == (2 * cost.forwards, cost.reward_queries)  # the last one is of the end
-    handle.remove()
+        assert counted.items == 2 * cost.forwards
+        assert counted.queries + 1 == cost.reward_queries  # the last one is of the end
     two, four = (TailorPO(candidates=n).cost(20, (2, 6, 10, 14, 18)) for n in (2, 4))
     assert (four.forwards - two.forwards, four.reward_queries - two.reward_queries) == (2 * 5, 2 * 5)
 
