@@ -13,23 +13,33 @@ from tailorpo.prompts import PromptsConfig, load_prompts
 
 HACKABLE = (JPEG, COLOUR)
 _SYMMETRIC = "algorithm.guidance={form: sigma, k: 8.0, symmetric: true}"
+_SOFT = ("algorithm.labels=soft", "algorithm.tau=auto", "algorithm.beta=0.2")
 
 _PLAIN = {
     "TailorPO": (),
     "best and worst of 4": ("algorithm.candidates=4",),
     "Plackett-Luce of 4": ("algorithm.candidates=4", "algorithm.objective=plackett_luce"),
-    "soft labels": ("algorithm.labels=soft", "algorithm.tau=auto", "algorithm.beta=0.2"),
+    "soft labels": _SOFT,
     "IPO": ("algorithm.objective=ipo", "algorithm.beta=0.1"),
     "measured label smoothing": ("algorithm.label_smoothing=auto", f"algorithm.misranks={PREFERENCE}"),
     "moving reference": ("algorithm.reference={ema: 0.9}",),
     "lookahead 2": ("algorithm.step_reward={lookahead: 2}",),
     "KL target 100": ("algorithm.kl_target=100",),
+    "soft labels and KL target 100": (*_SOFT, "algorithm.kl_target=100"),
+    "beta auto for 100 nats": (
+        "algorithm.labels=soft",
+        "algorithm.tau=0.2",
+        "algorithm.beta=auto",
+        "algorithm.kl_target=100",
+    ),
+    "KL mask 1": ("algorithm.kl_mask=1",),
+    "reference every 5": ("algorithm.reference={every: 5}",),
 }
 _GUIDED = {
     "TailorPO-G": PAPERS_G,
     "G, symmetric": (*PAPERS_G, _SYMMETRIC),
     "G, best of 4": (*PAPERS_G, "algorithm.candidates=4"),
-    "G, soft labels": (*PAPERS_G, "algorithm.labels=soft", "algorithm.tau=auto", "algorithm.beta=0.2"),
+    "G, soft labels": (*PAPERS_G, *_SOFT),
     "G, moving reference": (*PAPERS_G, "algorithm.reference={ema: 0.9}"),
     "G, KL target 100": (*PAPERS_G, "algorithm.kl_target=100"),
     "G, symmetric, KL target 100": (*PAPERS_G, _SYMMETRIC, "algorithm.kl_target=100"),
@@ -47,8 +57,9 @@ BEYOND = tuple(
 )
 
 _MEMBERS = f"[{{name: <reward>}}, {{name: {PREFERENCE}}}, {{name: emoji_step_preference}}]"
-_PUSHED = ("algorithm.beta=0.02", "optimizer.lr=2e-3")
-"""Hard enough that a reward that can be hacked is hacked within the budget; as in `pushed`."""
+_PUSHED = ("algorithm.beta=0.02", "optimizer.lr=3e-3")
+"""Hard enough that a reward that can be hacked is hacked within the budget: at 2e-3 and ten updates, as in `pushed`,
+colourfulness still did the pictures good."""
 _SENTINELS = ("sentinels.every=2", "sentinels.judge={name: emoji_judge}")
 
 
@@ -65,14 +76,14 @@ HACKING = (
         _hacking(rule.replace("_", " "), f"reward={_MEMBERS}", f"ensemble.rule={rule}")
         for rule in ("mean", "worst_case", "uncertainty", "majority", "pareto", "soft_vote")
     ),
-    _hacking("mean, gated KL", f"reward={_MEMBERS}", "ensemble.rule=mean", "algorithm.gated_kl=0.1"),
+    _hacking("mean, gated KL", f"reward={_MEMBERS}", "ensemble.rule=mean", "algorithm.gated_kl=0.01"),
     _hacking(
         "mean, rolled back", f"reward={_MEMBERS}", "ensemble.rule=mean", *_SENTINELS, "sentinels.on_alarm=rollback"
     ),
 )
 
-HACKING_BUDGET = 2_400
-"""Ten updates: JPEG size and colourfulness have gone from pictures to flat or garish ones by then (`pushed`)."""
+HACKING_BUDGET = 3_840
+"""Sixteen updates: JPEG size and colourfulness have gone from pictures to flat or garish ones by then."""
 
 FEWER_PROMPTS = (f"eval.prompts_seen={{list: [{', '.join(load_prompts(PromptsConfig(name='animals'))[::2])}]}}",)
 """Every second animal: the effects are large, and the evaluation would cost three times the training."""

@@ -248,7 +248,7 @@ GRIDS = (
                 "2 continuations, cut after 2": "step_reward={continuations: 2, cut: 2}",
             }.items()
         ),
-        seeds={PREFERENCE: (1,)},
+        seeds={PREFERENCE: (1, 2, 3)},
         budget=BUDGET,
         overrides=EVALUATION,
         reference="steps 4 to 16",
