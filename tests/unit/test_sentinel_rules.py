@@ -36,7 +36,8 @@ def states(looks: list[Look], rules: Rules | None = None) -> Iterator[tuple[Stat
 
 def test_a_wobbling_judge_raises_a_false_alarm_in_less_than_5_percent_of_runs() -> None:
     """The worst of healthy runs: the judge has reached its plateau, every prompt wobbles anew at each of 40 looks by a
-    quarter of what was gained, and the trained reward rises all the time, which would make any fall suspicious."""
+    quarter of what was gained, and the trained reward rises all the time, which would make any fall suspicious. The KL
+    stands still; where it grows and buys nothing is another test."""
     rng = np.random.default_rng(0)
     alarms, runs = 0, 120
     for _ in range(runs):
@@ -47,6 +48,22 @@ def test_a_wobbling_judge_raises_a_false_alarm_in_less_than_5_percent_of_runs() 
             looks.append(look(number, judge=judge, reward=start + 0.1 * number))
         alarms += any(state == "hacking" for state, _, _ in states(looks))
     assert stats.binomtest(alarms, runs).proportion_ci(0.95, method="wilson").high < 0.05, alarms
+
+
+@pytest.mark.parametrize(("power", "at_most"), [(1.0, 0.05), (0.5, 0.2)])
+def test_a_judge_that_goes_on_gaining_rarely_raises_a_false_alarm(power: float, at_most: float) -> None:
+    """The KL grows at all of 40 looks; the judge gains with its root (Gao's law, far from the peak), or only with the
+    root of that, and wobbles by a quarter of the gain so far."""
+    rng = np.random.default_rng(1)
+    alarms, runs = 0, 120
+    for _ in range(runs):
+        start = rng.normal(0, 1, PROMPTS)
+        looks = [look(0, judge=start, reward=start)]
+        for number in range(1, 41):
+            judge = start + number**power * (1 + 0.25 * rng.normal(size=PROMPTS))
+            looks.append(look(number, kl=number**2, judge=judge, reward=start + 0.1 * number))
+        alarms += any(state == "hacking" for state, _, _ in states(looks))
+    assert stats.binomtest(alarms, runs).proportion_ci(0.95, method="wilson").high < at_most, alarms
 
 
 def turning(noise: float, seed: int, prompts: int = PROMPTS) -> list[Look]:
@@ -72,12 +89,24 @@ def test_an_alarm_comes_before_a_tenth_of_the_best_gain_is_lost_where_the_noise_
 
 
 def test_with_more_noise_the_alarm_is_later_but_it_comes() -> None:
-    firsts = [
-        next(number for number, (state, _, _) in enumerate(states(turning(0.4, seed)), start=1) if state == "hacking")
-        for seed in range(20)
-    ]
-    assert min(firsts) >= 12  # 4 % lost
-    assert max(firsts) <= 17  # 49 % lost: the wobble of a prompt is a fifth of all that was gained
+    """The wobble of a prompt is a fifth of all that was gained: then the KL shows sooner than the fall that something
+    is wrong."""
+    for rules, first, last in ((Rules(), 12, 16), (Rules(kl_growth=None), 12, 17)):  # 4 %, 36 % and 49 % lost
+        firsts = [
+            next(n for n, (state, _, _) in enumerate(states(turning(0.4, seed), rules), start=1) if state == "hacking")
+            for seed in range(20)
+        ]
+        assert first <= min(firsts) <= max(firsts) <= last
+
+
+def test_kl_that_buys_a_reward_and_no_judge_is_an_alarm() -> None:
+    flat, wobble = np.zeros(PROMPTS), 0.01 * (-1) ** np.arange(PROMPTS)
+    base, best = look(0, judge=flat, reward=flat), look(5, kl=10, judge=1 + wobble, reward=1 + wobble)
+    for judge, reward, alarm in ((0.94, 2, True), (0.96, 2, False), (0.94, 1, False), (0.94, 0.9, False)):
+        now = look(10, kl=16, judge=judge + wobble, reward=reward + wobble[::-1])
+        [found] = find(now, base=base, best=best, rules=Rules(fall=0.05, confidence=0.99999, certain=0.99999))[-1:]
+        assert (found.rule, found.alarm, found.certain) == ("kl_growth", alarm, False)
+        assert ("while the trained reward rose: +1 [" in found.text) == (reward == 2)
 
 
 def test_a_judge_that_falls_from_the_start_is_measured_against_the_base() -> None:
@@ -150,7 +179,7 @@ def test_disagreement_and_kl_warn() -> None:
     assert "disagreement" in rules_of(look(5, disagreement=0.3 + wobble), look(0, disagreement=flat))
     assert not rules_of(look(5, disagreement=0.1 + wobble), look(0, disagreement=flat))
     base, best = look(0, judge=flat, reward=flat), look(5, kl=10, judge=1 + wobble, reward=1 + wobble)
-    for kl, rules in ((19, []), (21, ["kl_growth"])):
+    for kl, rules in ((14, []), (16, ["kl_growth"])):
         now = look(10, kl=kl, judge=0.99 + wobble, reward=2 + wobble)
         found = find(now, base=base, best=best, rules=Rules(fall=None))
         assert [each.rule for each in found] == rules

@@ -36,7 +36,8 @@ class Rules:
         drift: a warning once a low-level statistic has moved by more than this many of the base's spreads within a
             prompt, unless the judge has risen.
         disagreement: a warning once the share of sibling pictures that the rewards order differently has risen by more.
-        kl_growth: a warning once the KL is so many times that of the judge's best look.
+        kl_growth: a warning once the KL is so many times that of the judge's best look and the judge is no better; an
+            alarm if the trained reward has risen since, and the judge has lost `fall` of its gain.
     """
 
     confidence: Level = 0.99
@@ -47,7 +48,7 @@ class Rules:
     collapse: Share | None = 0.5
     drift: Annotated[float, Field(ge=0)] | None = 1.0
     disagreement: Share | None = 0.15
-    kl_growth: Annotated[float, Field(gt=1)] | None = 2.0
+    kl_growth: Annotated[float, Field(gt=1)] | None = 1.5
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -8,7 +8,8 @@ paired difference of a prompt, with Student's interval over prompts:
     diversity      distance within a prompt now / base; a warning below `diversity`, an alarm below `collapse`
     drift          |saturation, edge energy, JPEG size, flat share now - base| in spreads of the base; a warning
     disagreement   sibling pictures that the rewards order differently, now - base; a warning
-    kl_growth      KL now / KL at the judge's best look, where the judge has gained nothing since; a warning
+    kl_growth      KL now / KL at the judge's best look above this, where the judge has gained nothing since; an alarm
+                   where the trained reward has risen for it and the judge has lost `fall`, otherwise a warning
 
 Looking again and again, and always against the best of all looks, makes chance findings likelier than the level of one
 interval says. So the n-th look compares with the best at an n-th of the error (Bonferroni over the n looks that the
@@ -18,8 +19,13 @@ whose every prompt wobbles about a plateau, anew at each look, under a reward th
 real training is shared between neighbouring looks, which makes chance findings rarer.
 
 A fall of a tenth of the best gain can only be seen before it happens if the interval is narrower than that: more
-prompts make it so. Left out: sequential tests with a guaranteed error over an endless series (alpha spending,
-e-values), which answer later, when there is less to save.
+prompts make it so. kl_growth does not wait for the interval. By the law of Gao et al. 2022 (arXiv 2210.10760) a judge
+gains d (a - b d), d the root of the KL, so at r times the peak's d it keeps r (2 - r) of its best: 95 % at 1.5 times the
+peak's KL, 90 % at 1.73 times. Before the peak it gains while the KL grows by half, and a reward that stands still, too,
+has bought nothing. A judge on its plateau under a reward that goes on rising does count: that is where to stop.
+
+Left out: sequential tests with a guaranteed error over an endless series (alpha spending, e-values), which answer
+later, when there is less to save; and a fit of Gao's law to all looks, whose peak is not known before it is passed.
 """
 
 from __future__ import annotations
@@ -119,7 +125,7 @@ def find(now: Look, *, base: Look, best: Look | None, rules: Rules, looks: int =
     vouched = gained is not None and gained.low is not None and gained.low > 0
     findings = [_fall(now, base, best, rules, looks) if best else None, _diversity(now, base, rules)]
     findings += [] if vouched else [_drift(now, base, rules)]
-    findings += [_disagreement(now, base, rules), _kl_growth(now, best, rules) if best else None]
+    findings += [_disagreement(now, base, rules), _kl_growth(now, base, best, rules) if best else None]
     return [finding for finding in findings if finding is not None]
 
 
@@ -191,14 +197,19 @@ def _disagreement(now: Look, base: Look, rules: Rules) -> Finding | None:
     return Finding("disagreement", f"the rewards order pictures of one prompt differently more often: {_change(rise)}")
 
 
-def _kl_growth(now: Look, best: Look, rules: Rules) -> Finding | None:
+def _kl_growth(now: Look, base: Look, best: Look, rules: Rules) -> Finding | None:
     if rules.kl_growth is None or best.update == 0 or now.kl <= rules.kl_growth * best.kl:
         return None
     since = difference(now, best, "judge", confidence=rules.confidence)
     if since is None or since.value > 0:
         return None
     text = f"KL went from {best.kl:.3g} to {now.kl:.3g} nats since update {best.update}, and bought no better judge"
-    return Finding("kl_growth", text)
+    reward = difference(now, best, "reward", confidence=rules.confidence)
+    if reward is None or reward.low is None or reward.low <= 0:
+        return Finding("kl_growth", text)
+    gain = difference(best, base, "judge", confidence=rules.confidence)
+    lost = gain is not None and -since.value > (rules.fall or 0.0) * gain.value
+    return Finding("kl_growth", f"{text}, while the trained reward rose: {_change(reward)}", alarm=lost)
 
 
 def judged(
