@@ -62,6 +62,10 @@ class Scored:
     gradient: Tensor | None
     comparison: Comparison
 
+    def rows(self, index: Tensor) -> tuple[Tensor, PolicyStep | None]:
+        """Some of the latents, and the step from them."""
+        return self.latents[index], self.step.rows(index) if self.step else None
+
 
 def compare(score: Score, pictures: Tensor, prompts: Sequence[str], *, siblings: int, time: int | None) -> Comparison:
     """Score pictures (n B, 3, H, W), sibling by sibling.
