@@ -19,14 +19,14 @@ w_t s_t takes the place of s_t. Before the first gaps are seen their sum of squa
 **kl_target, hard labels.** beta is no knob: the loss has no fixed point and beta sets a speed. With lambda KL_t added
 there is one, and the controller moves lambda, which acts on the last two steps, too, where most nats are:
 
-    log lambda = log lambda_0 + I + p clip(e + d de, -c, c),     e = log(KL / kl_target),     I += i clip(e, -1, 1)
+    log lambda = log lambda_0 + I + p clip(e + d de, a, b),     e = log(KL / kl_target),     I += i clip(e, -1, 1)
 
 with de the change of e in the last update. The proportional part makes the penalty steeper than linear around the
 target, which holds the KL while I is on its way. The part in de looks d updates ahead: Adam's momentum carries a policy
 on for some ten updates after lambda has changed, and without it the KL swings.
 
-KL is that of a trajectory's steps to the base model, averaged over the last updates. On the way up to the target the
-integral waits, or it would take the start for a loss that is too tight.
+KL is that of a trajectory's steps to the base model, averaged over the last updates. On the way up to the target,
+while it grows fast enough to arrive soon, the integral waits, or it would take the start for a loss that is too tight.
 
 The clipped step is that of Ziegler et al. 2019 (arXiv 1909.08593), in logarithms. Left out: beta from the margins of a
 batch (beta-DPO) or of a pair (epsilon-DPO), which follow the quality of the data and not the KL; and a beta of each
@@ -49,14 +49,16 @@ from tailorpo.policy import Policy
 Memory = dict[str, list[float]]
 GAIN, CLIP, DEADBAND = 0.2, 0.5, 0.1
 """For beta: g, and the largest and the smallest |log(KL / target)| that are answered."""
-PROPORTIONAL, AHEAD, PROPORTIONAL_CLIP, LARGEST_CHANGE = 1.0, 2.0, 1.5, 0.3
-"""For the penalty: p, d, c, and the largest |de| that is believed."""
+PROPORTIONAL, AHEAD, LOOSEST, TIGHTEST, LARGEST_CHANGE = 1.5, 2.0, -1.0, 2.0, 0.3
+"""For the penalty: p, d, a, b, and the largest |de| that is believed."""
+START = 0.4
+"""For the penalty: lambda_0 in units of beta / sqrt(kl_target), at which guided pairs on the miniature come near."""
 INTEGRAL_GAIN, INTEGRAL_CLIP = 0.1, 1.0
 """For the penalty: i, and the largest |e| that its integral answers to."""
 KL_DECAY, GAP_DECAY = 0.5, 0.8
 """Shares of the past in the averages of KL and of squared gaps at an update."""
-RISING = 0.02
-"""Below the target a KL that grows by more than this share in an update is on its way."""
+ARRIVAL = 5.0
+"""Below the target a KL that grows fast enough to be there within so many updates is on its way."""
 FACTOR, KL, CHANGE, INTEGRAL, GAPS = "beta_factor", "kl_mean", "kl_change", "kl_integral", "gap_squares"
 
 
@@ -76,10 +78,10 @@ def adapted(algorithm: Algorithm, memory: Memory) -> Algorithm:
         return algorithm if beta == algorithm.beta else replace(algorithm, beta=beta)
     if algorithm.controlled == "beta":
         return replace(algorithm, beta=beta * math.exp(integral))
-    start = algorithm.kl_penalty or beta / math.sqrt(target)
+    start = algorithm.kl_penalty or START * beta / math.sqrt(target)
     error = _error(memory, target / factor**2)
     ahead = 0.0 if error is None else error + AHEAD * _one(memory, CHANGE, 0.0)
-    steep = PROPORTIONAL * _clip(ahead, PROPORTIONAL_CLIP)
+    steep = PROPORTIONAL * min(max(ahead, LOOSEST), TIGHTEST)
     return replace(algorithm, beta=beta, kl_penalty=start * math.exp(integral + steep))
 
 
@@ -121,7 +123,7 @@ def observe(algorithm: Algorithm, memory: Memory, figures: Mapping[str, Any], po
         error = _error(memory, algorithm.kl_target / _one(memory, FACTOR, 1.0) ** 2)
         change = 0.0 if before <= 0 else math.log(max(memory[KL][0] / before, 1e-6))
         memory[CHANGE] = [_clip(change, LARGEST_CHANGE)]
-        rising = memory[KL][0] > (1 + RISING) * before
+        rising = error is not None and (before <= 0 or change > -error / ARRIVAL)
         if error is not None and abs(error) > DEADBAND and not (error < 0 and rising):
             gain, clip = (GAIN / 2, CLIP) if algorithm.controlled == "beta" else (INTEGRAL_GAIN, INTEGRAL_CLIP)
             memory[INTEGRAL] = [_one(memory, INTEGRAL, 0.0) + gain * _clip(error, clip)]

@@ -51,7 +51,7 @@ def alarm_table(cells: Mapping[str, Sequence[Row]]) -> str | None:
     if len(lines) == 2:
         return None
     note = (
-        "\n\nLooks at 16 prompts with 2 noises after every second update. Judge: mean over these prompts, against the"
+        "\n\nLooks at 16 prompts with 2 noises after every update. Judge: mean over these prompts, against the"
         " base model's; each seed's own numbers, with commas between them. Lost at the alarm: judge's best less the"
         " judge at the first alarm. Kept of: the update whose weights a rollback kept, 0 for the base model."
     )

@@ -1,7 +1,8 @@
-"""Two experiments on what this library has beyond the paper, as data.
+"""Three experiments on what this library has beyond the paper, as data.
 
 `beyond` takes TailorPO and TailorPO-G as the other experiments found them best, and changes one thing at a time; the
-last rows put the best of it together. `hacking` trains on rewards that do not mean what they say: alone, in an ensemble
+last rows put the best of it together. `kl-target` asks of runs three times as long whether a target is held, and what
+that is good for. `hacking` trains on rewards that do not mean what they say: alone, in an ensemble
 with two preference models under every rule, and alone with sentinels.
 """
 
@@ -14,6 +15,7 @@ from tailorpo.prompts import PromptsConfig, load_prompts
 HACKABLE = (JPEG, COLOUR)
 _SYMMETRIC = "algorithm.guidance={form: sigma, k: 8.0, symmetric: true}"
 _SOFT = ("algorithm.labels=soft", "algorithm.tau=auto", "algorithm.beta=0.2")
+_AUTO = ("algorithm.labels=soft", "algorithm.tau=0.2", "algorithm.beta=auto", "algorithm.kl_target=100")
 
 _PLAIN = {
     "TailorPO": (),
@@ -26,12 +28,7 @@ _PLAIN = {
     "lookahead 2": ("algorithm.step_reward={lookahead: 2}",),
     "KL target 100": ("algorithm.kl_target=100",),
     "soft labels and KL target 100": (*_SOFT, "algorithm.kl_target=100"),
-    "beta auto for 100 nats": (
-        "algorithm.labels=soft",
-        "algorithm.tau=0.2",
-        "algorithm.beta=auto",
-        "algorithm.kl_target=100",
-    ),
+    "beta auto for 100 nats": _AUTO,
     "KL mask 1": ("algorithm.kl_mask=1",),
     "reference every 5": ("algorithm.reference={every: 5}",),
 }
@@ -56,11 +53,24 @@ BEYOND = tuple(
     for name, overrides in rows.items()
 )
 
+HELD = tuple(
+    Variant(name=name, recipe=recipe, overrides=overrides, tuned=tuned)
+    for name, tuned, recipe, overrides in (
+        ("TailorPO-G", "TailorPO-G", "emoji_tailorpo_g.yaml", PAPERS_G),
+        ("G, KL target 100", "TailorPO-G", "emoji_tailorpo_g.yaml", (*PAPERS_G, "algorithm.kl_target=100")),
+        ("G, KL target 300", "TailorPO-G", "emoji_tailorpo_g.yaml", (*PAPERS_G, "algorithm.kl_target=300")),
+        ("TailorPO", "TailorPO", "emoji_tailorpo.yaml", ()),
+        ("KL target 100", "TailorPO", "emoji_tailorpo.yaml", ("algorithm.kl_target=100",)),
+        ("soft labels, KL target 100", "TailorPO", "emoji_tailorpo.yaml", (*_SOFT, "algorithm.kl_target=100")),
+        ("beta auto, KL target 100", "TailorPO", "emoji_tailorpo.yaml", _AUTO),
+    )
+)
+
 _MEMBERS = f"[{{name: <reward>}}, {{name: {PREFERENCE}}}, {{name: emoji_step_preference}}]"
 _PUSHED = ("algorithm.beta=0.02", "optimizer.lr=3e-3")
 """Hard enough that a reward that can be hacked is hacked within the budget: at 2e-3 and ten updates, as in `pushed`,
 colourfulness still did the pictures good."""
-_SENTINELS = ("sentinels.every=2", "sentinels.judge={name: emoji_judge}")
+_SENTINELS = ("sentinels.every=1", "sentinels.judge={name: emoji_judge}")
 
 
 def _hacking(name: str, *overrides: str, rewards: tuple[str, ...] = HACKABLE) -> Variant:
@@ -97,6 +107,17 @@ GRIDS = (
         variants=BEYOND,
         seeds={PREFERENCE: (1, 2, 3)},
         budget=BUDGET,
+        overrides=EVALUATION,
+        reference="TailorPO-G",
+    ),
+    Grid(
+        name="kl-target",
+        question="Is a KL target held, and what is it worth in a run three times as long?",
+        paper="none",
+        statistic="as in methods; KL against its target by update",
+        variants=HELD,
+        seeds={PREFERENCE: (1, 2, 3)},
+        budget=3 * BUDGET,
         overrides=EVALUATION,
         reference="TailorPO-G",
     ),

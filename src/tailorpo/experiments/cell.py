@@ -29,6 +29,7 @@ from tailorpo._distributed import pick_device
 from tailorpo.evaluate import SIDES, evaluate
 from tailorpo.experiments.alarms import looks_of
 from tailorpo.experiments.grid import Plan, settings_of
+from tailorpo.experiments.held import kl_of
 from tailorpo.files import atomic_write
 from tailorpo.models import DiffusionModel
 from tailorpo.noise import Key, Noise
@@ -139,6 +140,7 @@ def _curve(directory: RunDirectory) -> list[dict[str, Any]]:
 
 def _description(plan: Plan, directory: RunDirectory) -> dict[str, Any]:
     rows = directory.metrics()
+    target = getattr(plan.run.algorithm, "kl_target", None)
     return {
         "id": plan.cell.id,
         "variant": plan.cell.variant.name,
@@ -155,6 +157,7 @@ def _description(plan: Plan, directory: RunDirectory) -> dict[str, Any]:
         "reward_queries": rows[-1]["reward_queries"],
         "seconds": round(sum(row["seconds"] for row in rows), 1),
         **({"sentinels": looks_of(rows)} if plan.run.sentinels else {}),
+        **({"kl_target": target, "kl_by_update": kl_of(rows)} if target else {}),
         "training": [
             [row["forwards"], row["reward_queries"], plain(row.get("reward_final")), plain(row.get("kl"))]
             for row in rows

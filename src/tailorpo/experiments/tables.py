@@ -11,6 +11,7 @@ import numpy as np
 
 from tailorpo.experiments.alarms import alarm_table
 from tailorpo.experiments.grid import Grid
+from tailorpo.experiments.held import held_table
 from tailorpo.experiments.statistics import Estimate, Matrix, improvement, iqm, mean
 
 Cells = Sequence[dict[str, Any]]
@@ -57,7 +58,7 @@ def grid_tables(grid: Grid, content: dict[str, Any]) -> str:
         rows = by_variant(grid, cells, reward)
         if rows:
             parts.append(f"### {reward}\n\n{_reward_table(grid, rows)}")
-            parts += [part for part in (_comparison(grid, rows), alarm_table(rows)) if part]
+            parts += [part for part in (_comparison(grid, rows), alarm_table(rows), held_table(rows)) if part]
     return "\n\n".join(parts) + "\n"
 
 

@@ -20,9 +20,9 @@ real training is shared between neighbouring looks, which makes chance findings 
 
 A fall of a tenth of the best gain can only be seen before it happens if the interval is narrower than that: more
 prompts make it so. kl_growth does not wait for the interval. By the law of Gao et al. 2022 (arXiv 2210.10760) a judge
-gains d (a - b d), d the root of the KL, so at r times the peak's d it keeps r (2 - r) of its best: 95 % at 1.5 times the
-peak's KL, 90 % at 1.73 times. Before the peak it gains while the KL grows by half, and a reward that stands still, too,
-has bought nothing. A judge on its plateau under a reward that goes on rising does count: that is where to stop.
+gains d (a - b d), d the root of the KL, so at r times the peak's d it keeps r (2 - r) of its best: 95 % at 1.5 times
+the peak's KL, 90 % at 1.73 times. Before the peak it gains while the KL grows by half, and a reward that stands still,
+too, has bought nothing. A judge on its plateau under a reward that goes on rising does count: that is where to stop.
 
 Left out: sequential tests with a guaranteed error over an endless series (alpha spending, e-values), which answer
 later, when there is less to save; and a fit of Gao's law to all looks, whose peak is not known before it is passed.
