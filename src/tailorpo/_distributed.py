@@ -141,21 +141,7 @@ class Processes:
         Raises:
             ProcessError: another process is gone.
         """
-        if self.count == 1:
-            return loss
-        from tailorpo._sharding import in_shards
-
-        device = parameters[0].device
-        parameters = [parameter for parameter in parameters if not in_shards(parameter)]
-        present = torch.tensor([loss, *(float(p.grad is not None) for p in parameters)], device=device)
-        total, *holders = cast(list[float], _sum(present).tolist())
-        held = [parameter for parameter, count in zip(parameters, holders, strict=True) if count]
-        for group in _groups(held):
-            flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in group]
-            sums = cast(tuple[Tensor, ...], _sum(torch.cat(flat)).split([p.numel() for p in group]))
-            for parameter, gradient in zip(group, sums, strict=True):
-                parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
-        return total
+        return loss if self.count == 1 else _add_up(parameters, loss)
 
     @contextmanager
     def together(self) -> Generator[None]:
@@ -279,6 +265,23 @@ def _sum(value: Tensor) -> Tensor:
 
     with _connection():
         return cast(Tensor, reduce(value, reduction="sum"))
+
+
+def _add_up(parameters: Sequence[nn.Parameter], loss: float) -> float:
+    """See `Processes.reduce_gradients`."""
+    from tailorpo._sharding import in_shards
+
+    device = parameters[0].device
+    parameters = [parameter for parameter in parameters if not in_shards(parameter)]
+    present = torch.tensor([loss, *(float(p.grad is not None) for p in parameters)], device=device)
+    total, *holders = cast(list[float], _sum(present).tolist())
+    held = [parameter for parameter, count in zip(parameters, holders, strict=True) if count]
+    for group in _groups(held):
+        flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in group]
+        sums = cast(tuple[Tensor, ...], _sum(torch.cat(flat)).split([p.numel() for p in group]))
+        for parameter, gradient in zip(group, sums, strict=True):
+            parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
+    return total
 
 
 def _groups(parameters: Sequence[nn.Parameter]) -> Generator[list[nn.Parameter]]:

@@ -89,18 +89,14 @@ class UpdateMetrics:
         if ties is not None:
             result["ties"] = int(ties.sum())
         result["invalid"] = int((~present).sum())
+        shown = _BY_STEP | {name: name for name in every if name.startswith(_MEMBERS_BY_STEP)}
         result["by_step"] = [
             {
                 "k": k,
                 "time": int(times[k]),
                 "pairs": len(values["present"]),
-                **{name: _mean(values[key], values["present"]) for name, key in _BY_STEP.items() if key in values},
+                **{name: _mean(values[key], values["present"]) for name, key in shown.items() if key in values},
                 **({"gap_rms": _rms(values["gap"], values["present"])} if "gap" in values else {}),
-                **{
-                    name: _mean(each, values["present"])
-                    for name, each in values.items()
-                    if name.startswith(_MEMBERS_BY_STEP)
-                },
             }
             for k, values in sorted((k, values) for k, values in by_step.items() if k is not None)
         ]

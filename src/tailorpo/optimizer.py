@@ -105,10 +105,7 @@ class Learner:
         clip = self.config.grad_clip or math.inf
         norm = float(whole(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), clip)))
         if gradients and not (math.isfinite(loss) and math.isfinite(norm)):
-            raise DivergedError(
-                f"training has diverged: loss {loss}, gradient norm {norm}. No step was taken with it and the"
-                " last checkpoint is kept; a smaller optimizer.lr, a larger algorithm.beta or less guidance may help"
-            )
+            raise DivergedError(_diverged(loss, norm))
         self.steps += 1
         for group in self._adamw.param_groups:
             group["lr"] = self.lr
@@ -182,3 +179,10 @@ class Learner:
                     placed = value.clone() if key == "step" else cut_like(value.clone(), parameter)
                     self._adamw.state[parameter][key] = placed
         self.steps = steps
+
+
+def _diverged(loss: float, norm: float) -> str:
+    return (
+        f"training has diverged: loss {loss}, gradient norm {norm}. No step was taken with it and the"
+        " last checkpoint is kept; a smaller optimizer.lr, a larger algorithm.beta or less guidance may help"
+    )

@@ -201,7 +201,9 @@ def rollout_branches(
         UserError: a trained step has no noise and so no density.
     """
     steps, cond = policy.schedule.steps, trajectories.cond
-    _need_density(policy, trained)
+    for k in trained:
+        if policy.sampler.std(policy.schedule, k) == 0:
+            raise UserError(_no_density(k))
     for k in range(steps if finish else max(trained) + 1):
         x, step = trajectories.latents, trajectories.step
         with torch.set_grad_enabled(graph(k)):
@@ -234,13 +236,11 @@ def rollout_branches(
             on_step(k + 1)
 
 
-def _need_density(policy: Policy, trained: Collection[int]) -> None:
-    for k in trained:
-        if policy.sampler.std(policy.schedule, k) == 0:
-            raise UserError(
-                f"step {k} cannot be trained: it adds no noise, because the model's scheduler ends at the clean latent"
-                " (set_alpha_to_one); leave it out of algorithm.train_steps"
-            )
+def _no_density(k: int) -> str:
+    return (
+        f"step {k} cannot be trained: it adds no noise, because the model's scheduler ends at the clean latent"
+        " (set_alpha_to_one); leave it out of algorithm.train_steps"
+    )
 
 
 def _futures(noise: Noise, trajectories: Trajectories, k: int, *, like: Tensor) -> Draw:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tailorpo.algorithms.groups import Group
+from tailorpo.algorithms.groups import group_of
 from tailorpo.algorithms.guided import move_pair, unmoved
 from tailorpo.algorithms.labels import pair_probability, stage_targets, temperature
 from tailorpo.algorithms.misranks import misrank_at
@@ -24,13 +24,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def rank(
-    algorithm: TailorPO,
-    policy: Policy,
-    branch: Branch,
-    trajectories: Trajectories,
-    *,
-    score: Score,
-    noise: Noise,
+    algorithm: TailorPO, policy: Policy, branch: Branch, trajectories: Trajectories, *, score: Score, noise: Noise
 ) -> Pair:
     """Label a branch of the algorithm's candidates; the result's class is what its loss needs."""
     batch, count, k, scored = len(trajectories), algorithm.candidates, branch.k, branch.scored
@@ -100,11 +94,10 @@ def rank(
         keep_reference=algorithm.kl_penalty > 0,
     )
     if algorithm.objective == "plackett_luce":
-        placed = torch.cat([noise_winner.unsqueeze(0), noises[order[1:]]])
         ranked = scored.reward[order]
         ranked[0] += moved.gain
         targets = stage_targets(ranked.T, tau=tau, smoothing=smoothing)
-        return Group(**vars(pair), noise_differences=placed[:-1] - placed[-1], targets=targets)
+        return group_of(pair, torch.cat([noise_winner.unsqueeze(0), noises[order[1:]]]), targets=targets)
     if algorithm.safeguard:
         pair.extra["safeguarded"] = (loser_scale(gaussian, winner, loser) < 1).float()
         return CandidatePair(**vars(pair), winner=winner, loser=loser)

@@ -38,7 +38,8 @@ def wrong_result(name: str, score: object, images: Tensor, prompts: Sequence[str
     """A reward returned something else than a floating (B,) tensor."""
     return (
         f"reward {name!r} has to return one floating-point number per picture, a tensor of shape "
-        f"({len(images)},); {_wrong_shape(score, len(images))}\n  it was given {describe(images)} and {len(prompts)} prompts"
+        f"({len(images)},); {_wrong_shape(score, len(images))}\n"
+        f"  it was given {describe(images)} and {len(prompts)} prompts"
     )
 
 

@@ -152,9 +152,7 @@ class Scorer:
         invalid = int(bad.sum())  # the only wait for the device of a call
         if invalid and self.on_invalid == "stop":
             self._refuse_broken(broken, prompts)
-            for (reward, _), score, rows in zip(self.members, scores, wrong, strict=True):
-                if bool(rows.any()):
-                    raise RewardError(not_finite(reward.name, score.detach(), rows, images, prompts))
+            self._refuse_scores(scores, wrong, images, prompts)
         self.queries += len(images)
         self.invalid += invalid
         # A row that is infinite in one member is NaN in all: no ranking can be built on half of a sum.
@@ -163,6 +161,13 @@ class Scorer:
     def _refuse_broken(self, broken: Tensor, prompts: Sequence[str]) -> None:
         if self.on_invalid == "stop" and bool(broken.any()):
             raise DivergedError(diverged(broken, prompts))
+
+    def _refuse_scores(
+        self, scores: Sequence[Tensor], wrong: Sequence[Tensor], images: Tensor, prompts: Sequence[str]
+    ) -> None:
+        for (reward, _), score, rows in zip(self.members, scores, wrong, strict=True):
+            if bool(rows.any()):
+                raise RewardError(not_finite(reward.name, score.detach(), rows, images, prompts))
 
 
 def _score(
