@@ -37,12 +37,19 @@ LEFT_OUT = {"rewards/": "a reward is anybody's own; the Scorer that calls it doe
 COUNTED_IN_REWARDS = ("rewards/scorer.py", "rewards/ensemble_scorer.py")
 REPLACED = {
     "updates": 100,
+    "sampler.steps": 6,
     "batch.trajectories": 2,
     "batch.micro": 2,
     "eval.judge": "null",
     "reward": "{name: brightness}",
 }
 """What of a recipe is replaced, so that an update takes a second. Of 100 updates the second keeps no pictures."""
+REPLACED_IN = {
+    "emoji_tailorpo.yaml": ("algorithm.train_steps={first: 1, last: 4, count: 2}",),
+    "emoji_tailorpo_g.yaml": ("algorithm.train_steps={first: 1, last: 4, count: 2}",),
+    # Brightness wants no time, and its gaps are below any threshold.
+    "emoji_spo.yaml": ("algorithm.step_reward=predicted", "algorithm.threshold=0"),
+}
 METHODS = {
     "TailorPO": ("emoji_tailorpo.yaml", "sd"),
     "TailorPO-G": ("emoji_tailorpo_g.yaml", "sd"),
@@ -78,10 +85,9 @@ def measure(name: str, models: Mapping[str, Path], folder: Path) -> dict[Functio
     recipe, family = METHODS[name]
     changes = [f"{key}={value}" for key, value in REPLACED.items()]
     changes += [f"model.family={family}", f"model.path={models[family]}"]
-    if recipe == "emoji_spo.yaml":
-        changes.append("algorithm.step_reward=predicted")  # brightness wants no time
+    changes += REPLACED_IN.get(recipe, ())
     if recipe == "emoji_diffusion_dpo.yaml":
-        plain = Run.load(RECIPES / "emoji_tailorpo.yaml", changes)
+        plain = Run.load(RECIPES / "emoji_ddpo.yaml", changes)
         pairs = draw_pairs(plain, ["a cat"], count=2, out=folder / "pairs", reporter=Silent())
         changes.append(f"algorithm.pairs={pairs.path}")
     run = Run.load(RECIPES / recipe, changes)
