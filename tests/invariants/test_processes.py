@@ -77,7 +77,7 @@ def norm(tensors: Iterable[Tensor]) -> float:
 # Four batches for three processes are shares of 1, 1 and 2.
 @pytest.mark.parametrize(
     ("method", "several", "trajectories", "micro"),
-    [*((method, 2, 6, 2) for method in METHODS), ("d3po", 3, 8, 2)],
+    [*((method, 2, 6, 2) for method in METHODS), ("d3po", 3, 8, 2), ("tailorpo", 3, 8, 2)],
 )
 def test_several_processes_train_as_one_does(
     tiny_folder: Path, tmp_path: Path, method: str, several: int, trajectories: int, micro: int
@@ -113,7 +113,10 @@ def test_several_processes_train_as_one_does(
             if name in summed:
                 assert flat(other)[name] == pytest.approx(value, rel=1e-4 if controlled else 1e-5), name
             else:
-                assert flat(other)[name] == pytest.approx(value, rel=rel, abs=2e-5), name
+                # A log-ratio multiplies noises of norm 10 by the difference of two means over sigma, of which float32
+                # knows some 3e-6, whatever is left of the sum.
+                close = 5e-5 if "log_ratio" in name else 2e-5
+                assert flat(other)[name] == pytest.approx(value, rel=rel, abs=close), name
 
     # The processes hold the same bits; and those are one process's up to rounding, compared with how far they moved.
     for update in (1, 2):

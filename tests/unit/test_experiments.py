@@ -20,6 +20,7 @@ from tailorpo.experiments.catalogue import FURTHER, GRIDS, KNOBS, LEARNING_RATES
 from tailorpo.experiments.cell import RESULT, marks, run_cell
 from tailorpo.experiments.conduct import Conduct, write_views
 from tailorpo.experiments.grid import Grid, Plan, plans, quick
+from tailorpo.experiments.held import held_table
 from tailorpo.experiments.protocol import PAPERS_G
 from tailorpo.experiments.runner import Places, finished_cells, read_results, run_cells, write_results
 from tailorpo.experiments.tables import by_variant, first_crossing, gains, grid_tables
@@ -554,3 +555,14 @@ def test_alarms_by_hand() -> None:
     (row,) = [line for line in table.splitlines() if line.startswith("| watched")]
     assert row == "| watched | 2 | 1 | none, 4 | +0.75, +0.25 | -, 0.50 | 2 | 200 |"
     assert alarm_table({"plain": [{}]}) is None
+
+
+def test_a_target_held_by_hand() -> None:
+    held = {"kl_target": 100.0, "kl_by_update": [0.0, 81.0, 300.0, 83.0, 84.0, 120.0]}
+    missed = {"kl_target": 100.0, "kl_by_update": [0.0, 1.0, 10.0, 60.0, 70.0, 80.0]}
+    table = held_table({"free": [{}], "aimed": [held, missed]})
+    assert table is not None
+    # Half-time is after three updates; 81 is more than 20 % below in logarithms, as 1 / 1.2 is 0.833.
+    assert "| aimed | 2 | 100 | 5, never | 0.96, 0.70 | 67 %, 0 % |" in table
+    assert "free" not in table
+    assert held_table({"free": [{}]}) is None
