@@ -5,7 +5,6 @@ What a test records or breaks in them is named by a function of this module that
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import os
 import signal
@@ -151,7 +150,7 @@ def going_on(run: Run, path: Path) -> int:
 
 
 def diverging(data: dict[str, Any], path: Path) -> int:
-    """A step of a divided optimizer whose gradient is infinite in process 1 alone, while the loss is finite."""
+    """A step of a divided optimizer with a loss of 0 whose gradient is too large in process 1 alone."""
     without_compiler()
     run = Run.from_dict(data)
     with open_processes() as processes:
@@ -159,13 +158,14 @@ def diverging(data: dict[str, Any], path: Path) -> int:
         learner = Learner(model.trainable(), run.optimizer, processes)
         before = learner.tensors()
         total = torch.stack([each.sum() for each in learner.parameters.values()]).sum()
-        learner.backward((total - total.detach()) * (math.inf if processes.rank else 1.0))
+        learner.backward((total - total.detach()) * (3e38 if processes.rank else 1.0))
         try:
             learner.step()
         except DivergedError as error:
             after = learner.tensors()
             same = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-            print("left as they were:" if same else "moved:", str(error).removeprefix("training has diverged: "))
+            said = str(error).removeprefix("training has diverged: ")
+            sys.stdout.write(f"{'left as they were' if same else 'moved'}: {said}\n")
     return 0
 
 

@@ -69,9 +69,11 @@ class Zero:
         problems: list[str] = []
         if zero.pop("stage", 0) != 2:
             problems.append("zero_optimization.stage has to be 2 (`accelerate launch --zero_stage 2`)")
-        for name in ("offload_optimizer", "offload_param"):
-            if (zero.pop(name, None) or {}).get("device", "none") not in ("none", None):
-                problems.append(f"zero_optimization.{name}.device has to be none; offloading has not been tried here")
+        problems += [
+            f"zero_optimization.{name}.device has to be none; offloading has not been tried here"
+            for name in ("offload_optimizer", "offload_param")
+            if (zero.pop(name, None) or {}).get("device", "none") not in ("none", None)
+        ]
         unknown = [
             f"zero_optimization.{name}" for name in zero if name not in _HONOURED and not name.startswith("stage3")
         ]

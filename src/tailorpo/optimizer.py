@@ -152,8 +152,8 @@ class Learner:
         """Parameters and optimizer state under names that do not change, whole, on the CPU.
 
         Args:
-            keep: whether the caller wants them. Where parameters or the state are in parts all processes have to call this
-                together, and usually one alone has a use for the result.
+            keep: whether the caller wants them. Where parameters or the state are in parts all processes have to call
+                this together, and usually one alone has a use for the result.
         """
         from tailorpo._sharding import whole
 

@@ -121,7 +121,7 @@ def test_without_sums_of_gradients_two_processes_would_come_to_something_else(
 
 @needs_deepspeed
 def test_a_gradient_that_is_not_finite_ends_the_run_before_a_step(tiny_folder: Path, tmp_path: Path) -> None:
-    """In one process of two; the other hears of it. The checkpoint before is kept."""
+    """In one process of two; the other hears of it."""
     data = run_file(tiny_folder, "LoRA")
     ended = many.run(2, tmp_path, many.diverging, data, tmp_path / "run", environment=DEEPSPEED)
     assert [each.exit_code for each in ended] == [0, 0], ended
