@@ -11,9 +11,8 @@ by number, so what is drawn does not depend on who draws it.
 
 The network is not wrapped: the reduction is one visible call (docs/decisions/0007-gradients-are-reduced-explicitly.md).
 Where accelerate is configured with FSDP2 the network is cut into shards besides (`_sharding`), and what is trained in
-shards has its gradients added up by torch. Where it is configured with DeepSpeed's ZeRO-2 the optimizer's state is
-divided (`_zero`). Left out, and refused: Megatron, which takes over the model
-(docs/decisions/0008-fsdp2-shards-the-network.md).
+shards has its gradients added up by torch. Where it is configured with DeepSpeed's ZeRO-2 the optimizer is divided
+(`_zero`). Left out, and refused: Megatron, which takes over the model (docs/decisions/0008-fsdp2-shards-the-network.md).
 
 Between the processes of one run objects travel as pickles, as accelerate sends them; nothing from outside does.
 """
@@ -59,7 +58,6 @@ class Processes:
     count: int = 1
     sharding: Sharding | None = None
     """How networks are cut into shards; None where every process holds them whole."""
-
     zero: Zero | None = None
     """How the optimizer's state is divided; None where every process holds all of it."""
 
@@ -152,21 +150,7 @@ class Processes:
         Raises:
             ProcessError: another process is gone.
         """
-        if self.count == 1:
-            return loss
-        from tailorpo._sharding import in_shards
-
-        device = parameters[0].device
-        parameters = [parameter for parameter in parameters if not in_shards(parameter)]
-        present = torch.tensor([loss, *(float(p.grad is not None) for p in parameters)], device=device)
-        total, *holders = cast(list[float], _sum(present).tolist())
-        held = [parameter for parameter, count in zip(parameters, holders, strict=True) if count]
-        for group in _groups(held):
-            flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in group]
-            sums = cast(tuple[Tensor, ...], _sum(torch.cat(flat)).split([p.numel() for p in group]))
-            for parameter, gradient in zip(group, sums, strict=True):
-                parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
-        return total
+        return loss if self.count == 1 else _add_up(parameters, loss)
 
     @contextmanager
     def together(self) -> Generator[None]:
@@ -204,9 +188,9 @@ def open_processes() -> Generator[Processes]:
     for name in ("MEGATRON_LM", "PARALLELISM_CONFIG"):
         if _flag(f"ACCELERATE_USE_{name}"):
             raise UserError(
-                f"accelerate is configured with {name}, which tailorpo does not support. Choose multi-GPU in"
-                " `accelerate config`, where every process holds the whole model, or FSDP version 2, where it holds a"
-                " part of the model, of the gradients and of the optimizer's state, or DeepSpeed's ZeRO stage 2"
+                f"accelerate is configured with {name}, which tailorpo does not support. Choose in `accelerate config`"
+                " multi-GPU, where every process holds all, FSDP version 2, where it holds a part of the model, of the"
+                " gradients and of the optimizer's state, or DeepSpeed's ZeRO stage 2, a part of the last two"
             )
     zero = _zero() if _flag("ACCELERATE_USE_DEEPSPEED") else None
     sharding = _sharding() if _flag("ACCELERATE_USE_FSDP") else None
@@ -295,6 +279,23 @@ def _sum(value: Tensor) -> Tensor:
         return cast(Tensor, reduce(value, reduction="sum"))
 
 
+def _add_up(parameters: Sequence[nn.Parameter], loss: float) -> float:
+    """See `Processes.reduce_gradients`."""
+    from tailorpo._sharding import in_shards
+
+    device = parameters[0].device
+    parameters = [parameter for parameter in parameters if not in_shards(parameter)]
+    present = torch.tensor([loss, *(float(p.grad is not None) for p in parameters)], device=device)
+    total, *holders = cast(list[float], _sum(present).tolist())
+    held = [parameter for parameter, count in zip(parameters, holders, strict=True) if count]
+    for group in _groups(held):
+        flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in group]
+        sums = cast(tuple[Tensor, ...], _sum(torch.cat(flat)).split([p.numel() for p in group]))
+        for parameter, gradient in zip(group, sums, strict=True):
+            parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
+    return total
+
+
 def _groups(parameters: Sequence[nn.Parameter]) -> Generator[list[nn.Parameter]]:
     """Parameters in order, as many at a time as fit into one buffer, and at least one."""
     group: list[nn.Parameter] = []
@@ -364,11 +365,7 @@ def _sharding() -> Sharding:
 
 
 def _zero() -> Zero:
-    """What accelerate's configuration says of DeepSpeed.
-
-    Raises:
-        UserError: it asks for something that tailorpo does not do.
-    """
+    """What accelerate's configuration says of DeepSpeed; raises a UserError where tailorpo does not do that."""
     from accelerate.utils import DeepSpeedPlugin
 
     from tailorpo._zero import Zero

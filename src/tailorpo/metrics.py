@@ -8,7 +8,7 @@ parts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -26,45 +26,42 @@ class UpdateMetrics:
     """Gathers the samples of one update and sums them up."""
 
     def __init__(self) -> None:
-        self._rows: dict[int | None, list[dict[str, Tensor]]] = {}
-        self._final: list[Mapping[str, Tensor]] = []
-        self._kl: dict[int, list[Tensor]] = {}
+        self._tables: dict[tuple[str, int | None], list[Mapping[str, Tensor]]] = {}
+        """Batches of figures, by what they are of ("sample", "final", "kl") and the step."""
 
     def add(self, sample: Sample) -> None:
         """Take note of one batch; the numbers stay on the device until `cpu`, so that nothing waits for it."""
-        figures = {name: value.detach() for name, value in sample.figures().items()}
-        if figures:
-            self._rows.setdefault(sample.k, []).append(figures)
+        self._add("sample", sample.k, sample.figures())
 
     def add_final(self, rewards: Mapping[str, Tensor]) -> None:
         """Take note of the rewards of finished pictures, (B,) each, by the names they are logged under."""
-        self._final.append({name: reward.detach() for name, reward in rewards.items()})
+        self._add("final", None, rewards)
 
     def add_kl(self, by_step: Mapping[int, Tensor]) -> None:
         """Take note of the KL to the base model at some steps, (n,) each."""
         for k, kl in by_step.items():
-            self._kl.setdefault(k, []).append(kl.detach())
+            self._add("kl", k, {"kl": kl})
+
+    def _add(self, kind: str, k: int | None, figures: Mapping[str, Tensor]) -> None:
+        if figures:
+            batch = {name: values.detach() for name, values in figures.items()}
+            self._tables.setdefault((kind, k), []).append(batch)
 
     def cpu(self) -> Self:
         """The same, on the CPU."""
         moved = type(self)()
-        for k, rows in self._rows.items():
-            moved._rows[k] = [{name: torch.cat([row[name] for row in rows]).cpu() for name in rows[0]}]
-        moved._final = [{name: torch.cat([each[name] for each in self._final]).cpu() for name in self._final[0]}]
-        moved._kl = {k: [torch.cat(parts).cpu()] for k, parts in self._kl.items()}
+        for key, batches in self._tables.items():
+            moved._tables[key] = [{name: values.cpu() for name, values in _whole(batches).items()}]
         return moved
 
     @classmethod
     def joined(cls, parts: Iterable[Self]) -> Self:
         """What several processes have gathered, as if one had, the first part first."""
-        whole = cls()
+        joined = cls()
         for part in parts:
-            for k, rows in part._rows.items():
-                whole._rows.setdefault(k, []).extend(rows)
-            whole._final += part._final
-            for k, kls in part._kl.items():
-                whole._kl.setdefault(k, []).extend(kls)
-        return whole
+            for key, batches in part._tables.items():
+                joined._tables.setdefault(key, []).extend(batches)
+        return joined
 
     def summary(self, *, times: Tensor) -> dict[str, Any]:
         """The figures of the update; null where no row had its rewards.
@@ -72,44 +69,42 @@ class UpdateMetrics:
         Args:
             times: the network's time at each step, (K,).
         """
-        by_step = {
-            k: {name: torch.cat([row[name] for row in rows]) for name in rows[0]} for k, rows in self._rows.items()
-        }
+        tables = {key: _whole(batches) for key, batches in self._tables.items()}
+        by_step = {k: table for (kind, k), table in tables.items() if kind == "sample"}
         names = next(iter(by_step.values())).keys()
         every = {name: torch.cat([values[name] for values in by_step.values()]) for name in names}
         present = every.pop("present")
         ties = every.pop("tie", None)
         result: dict[str, Any] = {name: _mean(values, present) for name, values in every.items()}
-        for name in self._final[0]:
-            finals = torch.cat([rewards[name] for rewards in self._final])
+        for name, finals in tables.get(("final", None), {}).items():
             result[name] = _mean(finals, finals.isfinite())
         if "kl" in every:
             step_kls = [_mean(values["kl"], torch.ones_like(values["present"])) for values in by_step.values()]
             result["kl"] = sum(value for value in step_kls if value is not None)
-        if self._kl:
-            walked = {k: float(torch.cat(parts).double().mean()) for k, parts in self._kl.items()}
-            result["kl_trajectory"] = sum(walked[k] for k in sorted(walked))
-            result["kl_by_step"] = [walked.get(k) for k in range(len(times))]
+        walked = {k: float(table["kl"].double().mean()) for (kind, k), table in tables.items() if kind == "kl"}
+        if walked:
+            kls = [walked.get(k) for k in range(len(times))]
+            result |= {"kl_trajectory": sum(kl for kl in kls if kl is not None), "kl_by_step": kls}
         result["pairs"] = len(present)
         if ties is not None:
             result["ties"] = int(ties.sum())
         result["invalid"] = int((~present).sum())
+        shown = _BY_STEP | {name: name for name in every if name.startswith(_MEMBERS_BY_STEP)}
         result["by_step"] = [
             {
                 "k": k,
                 "time": int(times[k]),
                 "pairs": len(values["present"]),
-                **{name: _mean(values[key], values["present"]) for name, key in _BY_STEP.items() if key in values},
+                **{name: _mean(values[key], values["present"]) for name, key in shown.items() if key in values},
                 **({"gap_rms": _rms(values["gap"], values["present"])} if "gap" in values else {}),
-                **{
-                    name: _mean(each, values["present"])
-                    for name, each in values.items()
-                    if name.startswith(_MEMBERS_BY_STEP)
-                },
             }
             for k, values in sorted((k, values) for k, values in by_step.items() if k is not None)
         ]
         return result
+
+
+def _whole(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def _rms(values: Tensor, present: Tensor) -> float | None:

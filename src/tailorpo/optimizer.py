@@ -118,7 +118,7 @@ class Learner:
         clip = self.config.grad_clip or math.inf
         norm = float(whole(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), clip)))
         if gradients and not (math.isfinite(loss) and math.isfinite(norm)):
-            raise _diverged(loss, norm)
+            raise DivergedError(_diverged(loss, norm))
         self.steps += 1
         for group in self._adamw.param_groups:
             group["lr"] = self.lr
@@ -128,12 +128,12 @@ class Learner:
 
     def _step_divided(self, divided: Divided, loss: float) -> float:
         if not math.isfinite(loss):
-            raise _diverged(loss, math.nan)
+            raise DivergedError(_diverged(loss, math.nan))
         self.steps += 1
         norm = divided.step(self.lr)
         if not math.isfinite(norm):
             self.steps -= 1
-            raise _diverged(loss, norm)
+            raise DivergedError(_diverged(loss, norm))
         return norm
 
     @property
@@ -211,8 +211,8 @@ class Learner:
                     self._adamw.state[parameter][key] = placed
 
 
-def _diverged(loss: float, norm: float) -> DivergedError:
-    return DivergedError(
+def _diverged(loss: float, norm: float) -> str:
+    return (
         f"training has diverged: loss {loss}, gradient norm {norm}. No step was taken with it and the"
         " last checkpoint is kept; a smaller optimizer.lr, a larger algorithm.beta or less guidance may help"
     )

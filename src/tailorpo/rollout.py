@@ -1,7 +1,7 @@
 """Sampling: two visible loops over the denoising steps.
 
 `walk_chains` draws one latent per step: plain sampling. `rollout_branches` draws several candidates from the same
-x_k at the trained steps, scores them, and continues from the one that the algorithm chooses.
+x_k at the trained steps, scores them, and continues from where its consumer wants it to.
 
 What a branching rollout costs, in guided network evaluations of one latent (F): K_all for the walk, and at each
 trained step one for every candidate but the chosen, whose evaluation is the next step's. The walk's own evaluation at
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +35,7 @@ class Trajectories:
         cond: the same, encoded.
         keys: the noise stream of each trajectory; nothing else decides what it draws.
         latents: the current x_k, (B, C, h, w) float32.
+        step: the policy's step from there, without a graph, where it is known already.
         finished: whether `latents` are those of pictures: a rollout may end with its last trained step.
         reward: of the finished pictures, (B,), where a method has scored them; NaN where it finished none.
         members: the same of each member of an ensemble, by name.
@@ -48,6 +48,7 @@ class Trajectories:
     cond: Conditioning
     keys: Sequence[tuple[Key, ...]]
     latents: Tensor
+    step: PolicyStep | None = None
     finished: bool = False
     reward: Tensor | None = None
     members: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -57,6 +58,10 @@ class Trajectories:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def go_on(self, latents: Tensor, step: PolicyStep | None = None) -> None:
+        """Make `latents` the current ones, whose step is `step`, if that is known already."""
+        self.latents, self.step = latents, step
 
 
 def start_trajectories(
@@ -96,7 +101,7 @@ def walk_chains(
             step = policy.step(x, k, trajectories.cond)
         with torch.no_grad():
             drawn = step.gaussian.sample(step_noise(noise, trajectories, k, like=x))
-        trajectories.latents = drawn
+        trajectories.go_on(drawn)
         trajectories.finished = k + 1 == policy.schedule.steps
         yield ChainStep(k, x, step, drawn)
         if on_step:
@@ -154,20 +159,11 @@ class Branch:
     noises: Tensor
     scored: Scored
 
-
-class Decision(Protocol):
-    """What an algorithm makes of a branch; the rollout continues from `next_latents`.
-
-    `next_step` is the policy's step from there, without a graph, or None where it is not known yet.
-    """
-
-    @property
-    def next_latents(self) -> Tensor: ...
-    @property
-    def next_step(self) -> PolicyStep | None: ...
-
-
-D = TypeVar("D", bound=Decision)
+    def random_rows(self, noise: Noise, trajectories: Trajectories) -> Tensor:
+        """The row among the candidates of one drawn for each trajectory, (B,)."""
+        count, batch = self.noises.shape[:2]
+        draws = [noise.integer(count, *key, "step", self.k, "continue") for key in trajectories.keys]
+        return torch.tensor(draws, device=self.latents.device) * batch + torch.arange(batch, device=self.latents.device)
 
 
 def rollout_branches(
@@ -178,16 +174,14 @@ def rollout_branches(
     trained: Collection[int],
     candidates: int,
     score: Score,
-    decide: Callable[[Branch], D],
-    graph: bool,
+    graph: Callable[[int], bool] = lambda k: False,
     gradient: GradientPath = "none",
     finish: bool = True,
     step_reward: StepReward = "predicted",
-    between: Callable[[ChainStep], D | None] = lambda step: None,
-    graph_between: Collection[int] = (),
     on_step: Callable[[int], None] | None = None,
-) -> Iterator[D]:
-    """Sample to the end, branching at the trained steps, and yield the decision at each.
+) -> Iterator[Branch | ChainStep]:
+    """Sample to the end and yield every step: a branch at the trained ones, whose consumer says by
+    `trajectories.go_on` where the walk goes on, and a step of plain sampling at the others.
 
     Args:
         policy: the model under its sampler.
@@ -196,35 +190,27 @@ def rollout_branches(
         trained: the steps at which to branch.
         candidates: how many to draw there.
         score: the reward of (pictures, prompts).
-        decide: ranks a branch and says where to go on.
-        graph: keep the graph of the step from x_k, so that a loss can use it; the graph lives until the consumer of
-            the yielded decision lets go of it, so memory does not grow with the number of steps.
+        graph: at which steps the graph of the step from x_k is kept, so that a loss can use it; it lives until the
+            consumer lets go of what was yielded, so memory does not grow with the number of steps.
         gradient: whether the scores come with their gradient.
         finish: walk on to the picture after the last trained step.
         step_reward: what the candidates are scored by.
-        between: sees each step at which the rollout does not branch; what it returns is yielded.
-        graph_between: at which of these the graph is kept, too, if it is kept at all.
         on_step: called with the number of steps done.
 
     Raises:
         UserError: a trained step has no noise and so no density.
     """
+    steps, cond = policy.schedule.steps, trajectories.cond
     for k in trained:
         if policy.sampler.std(policy.schedule, k) == 0:
-            raise UserError(
-                f"step {k} cannot be trained: it adds no noise, because the model's scheduler ends at the clean latent"
-                " (set_alpha_to_one); leave it out of algorithm.train_steps"
-            )
-    cond, prompts = trajectories.cond, trajectories.prompts
-    step: PolicyStep | None = None
-    for k in range(policy.schedule.steps if finish else max(trained) + 1):
-        x = trajectories.latents
-        branching = k in trained
-        with_graph = graph and (branching or k in graph_between)
-        with torch.set_grad_enabled(with_graph):
-            if step is None or with_graph:
+            raise UserError(_no_density(k))
+    for k in range(steps if finish else max(trained) + 1):
+        x, step = trajectories.latents, trajectories.step
+        with torch.set_grad_enabled(graph(k)):
+            if step is None or graph(k):
                 step = policy.step(x, k, cond)
-        if branching:
+        trajectories.finished = k + 1 == steps
+        if k in trained:
             noises = torch.stack(
                 [step_noise(noise, trajectories, k, "candidate", j, like=x) for j in range(candidates)]
             )
@@ -233,28 +219,28 @@ def rollout_branches(
                 step.detach().gaussian.sample(noises).flatten(0, 1),
                 k=k + 1,
                 cond=cond.repeat(candidates),
-                prompts=[*prompts] * candidates,
+                prompts=[*trajectories.prompts] * candidates,
                 score=score,
                 gradient=gradient,
                 siblings=candidates,
                 step_reward=step_reward,
                 draw=_futures(noise, trajectories, k, like=x),
             )
-            decision = decide(Branch(k, x, step, noises, scored))
-            trajectories.latents, step = decision.next_latents, decision.next_step
-            trajectories.finished = k + 1 == policy.schedule.steps
-            yield decision
-            del decision
+            yield Branch(k, x, step, noises, scored)
         else:
             drawn = step.detach().gaussian.sample(step_noise(noise, trajectories, k, like=x))
-            trajectories.latents, trajectories.finished = drawn, k + 1 == policy.schedule.steps
-            seen = between(ChainStep(k, x, step, drawn))
-            step = None
-            if seen is not None:
-                yield seen
-                del seen
+            trajectories.go_on(drawn)
+            yield ChainStep(k, x, step, drawn)
+        del step
         if on_step:
             on_step(k + 1)
+
+
+def _no_density(k: int) -> str:
+    return (
+        f"step {k} cannot be trained: it adds no noise, because the model's scheduler ends at the clean latent"
+        " (set_alpha_to_one); leave it out of algorithm.train_steps"
+    )
 
 
 def _futures(noise: Noise, trajectories: Trajectories, k: int, *, like: Tensor) -> Draw:

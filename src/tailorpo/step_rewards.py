@@ -62,6 +62,10 @@ class Scored:
     gradient: Tensor | None
     comparison: Comparison
 
+    def rows(self, index: Tensor) -> tuple[Tensor, PolicyStep | None]:
+        """Some of the latents, and the step from them."""
+        return self.latents[index], self.step.rows(index) if self.step else None
+
 
 def compare(score: Score, pictures: Tensor, prompts: Sequence[str], *, siblings: int, time: int | None) -> Comparison:
     """Score pictures (n B, 3, H, W), sibling by sibling.
@@ -112,34 +116,30 @@ def score_latents(
     Raises:
         ValueError: a gradient of a look ahead, or continuations without `draw`.
     """
-    at_end = k == policy.schedule.steps
-    if step_reward != "predicted" and not at_end:
+
+    def judge(pictures: Tensor, time: int | None) -> Comparison:
+        return compare(score, pictures, prompts, siblings=siblings, time=time)
+
+    time = None if k == policy.schedule.steps else int(policy.schedule.time[k])
+    if step_reward != "predicted" and time is not None:
         if gradient != "none":
             raise ValueError(f"the step reward {step_reward} has no gradient")
-        return _score_ahead(
-            policy,
-            latents,
-            k=k,
-            cond=cond,
-            step_reward=step_reward,
-            draw=draw,
-            judge=lambda pictures, time: compare(score, pictures, prompts, siblings=siblings, time=time),
-        )
+        return _score_ahead(policy, latents, judge, k=k, cond=cond, step_reward=step_reward, draw=draw)
     leaf = latents.detach().requires_grad_(gradient != "none")
     with torch.set_grad_enabled(gradient == "full"):
-        step = None if at_end else policy.step(leaf, k, cond)
+        step = None if time is None else policy.step(leaf, k, cond)
         clean = leaf if step is None else step.x0
     if gradient == "free":
         leaf = clean = clean.detach().requires_grad_()
     with torch.set_grad_enabled(gradient != "none"):
-        pictures = policy.model.decode(clean) if at_end else policy.model.decode_draft(clean)
-        time = None if at_end else int(policy.schedule.time[k])
-        compared = compare(score, pictures, prompts, siblings=siblings, time=time)
+        decode = policy.model.decode if time is None else policy.model.decode_draft
+        pictures = decode(clean)
+        compared = judge(pictures, time)
     direction = None
     if gradient != "none":
         # Rows do not interact, so one backward of the sum gives every row's own gradient.
         (direction,) = torch.autograd.grad(compared.objective.sum(), leaf)
-        if gradient == "free" and not at_end:
+        if gradient == "free" and time is not None:
             direction = direction / float(policy.schedule.alpha[k])
     known = step.detach() if step else None
     return Scored(latents.detach(), known, pictures.detach(), compared.reward, direction, compared)
@@ -149,12 +149,12 @@ def score_latents(
 def _score_ahead(
     policy: Policy,
     latents: Tensor,
+    judge: Callable[[Tensor, int | None], Comparison],
     *,
     k: int,
     cond: Conditioning,
     step_reward: Lookahead | Continuations,
     draw: Draw | None,
-    judge: Callable[[Tensor, int | None], Comparison],
 ) -> Scored:
     """Score x_k = latents, k before the end, by where a look ahead ends."""
     step = policy.step(latents, k, cond)

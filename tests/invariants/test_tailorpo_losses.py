@@ -17,7 +17,7 @@ from torch import Tensor
 from tailorpo import Run
 from tailorpo.algorithms.groups import Group, StoredGroups, group_scores
 from tailorpo.algorithms.misranks import misrank_at
-from tailorpo.algorithms.pairs import CandidatePair, Pair, pair_step
+from tailorpo.algorithms.pairs import CandidatePair, Pair, current_step
 from tailorpo.algorithms.tailorpo import TailorPO
 from tailorpo.errors import RunFileError
 from tailorpo.guidance import SigmaGuidance
@@ -129,7 +129,7 @@ def test_scores_are_log_ratios_of_the_candidates_up_to_a_constant(tiny_policy: M
     expected = expected - expected[:, -1:]
     for each in (group, stored):
         torch.testing.assert_close(
-            group_scores(policy, each, pair_step(policy, each)).double(), expected, rtol=1e-3, atol=1e-3
+            group_scores(policy, each, current_step(policy, each)).double(), expected, rtol=1e-3, atol=1e-3
         )
 
 

@@ -460,6 +460,20 @@ def test_the_plot_shows_every_reward(tmp_path: Path) -> None:
     assert all((part < 128).any(-1).mean() > 0.01 for part in (pixels[:half], pixels[half:]))
 
 
+def test_more_variants_than_colours_get_a_row_for_each_recipe(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    grid = BY_NAME["beyond"]
+    names = [variant.name for variant in grid.variants]
+    plain, guided = names.index("TailorPO"), names.index("TailorPO-G")
+    heights: list[int] = []
+    for shown in (names[plain:guided], names[guided:], names):
+        write_views(grid, synthetic(grid, strength=dict.fromkeys(shown, 0.2)), tmp_path)
+        with Image.open(tmp_path / "beyond.webp") as picture:
+            heights.append(picture.height)
+    assert heights[2] == pytest.approx(heights[0] + heights[1], abs=2)
+    assert heights[0] / heights[1] == pytest.approx(guided / (len(names) - guided), rel=0.2)
+
+
 def test_tune_names_the_best_setting_of_a_method_once_all_were_tried() -> None:
     grid = BY_NAME["tune"]
     names = [variant.name for variant in grid.variants if variant.name.startswith("TailorPO-G,")]

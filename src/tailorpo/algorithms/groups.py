@@ -60,6 +60,7 @@ class StoredGroups:
     valid: Tensor
     reference_projections: Tensor
     reference: GaussianStep | None = None
+    step: None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -78,8 +79,14 @@ class StoredGroups:
         )
 
 
+def group_of(pair: Pair, noises: Tensor, *, targets: Tensor) -> Group:
+    """The pair with all that stand between its two; `noises` are those of all, best first,
+    (k, B, C, h, w)."""
+    return Group(**vars(pair), noise_differences=noises[:-1] - noises[-1], targets=targets)
+
+
 def group_scores(policy: Policy, group: Group | StoredGroups, gaussian: GaussianStep) -> Tensor:
-    """s_i of every candidate in nats, best first, (B, k), of the policy's step from x_k (`pairs.pair_step`)."""
+    """s_i of every candidate in nats, best first, (B, k), of the policy's step from x_k (`pairs.current_step`)."""
     if isinstance(group, StoredGroups):
         origin = policy.origin(group.latents, group.k)
         own = torch.stack([gaussian.projection(z, origin) for z in group.noise_differences])

@@ -28,8 +28,15 @@ class Moved:
     step: PolicyStep | None
 
 
+def unmoved(branch: Branch, winner: Tensor) -> Moved:
+    """Pairs that stay where they are; `winner` indexes the rows of the branch's scored candidates."""
+    latents, step = branch.scored.rows(winner)
+    still, none = torch.zeros_like(latents), torch.zeros_like(branch.scored.reward[winner])
+    return Moved(still, still, none, accepted=torch.ones_like(none, dtype=torch.bool), latents=latents, step=step)
+
+
 def move_pair(
-    guidance: Guidance | None,
+    guidance: Guidance,
     policy: Policy,
     branch: Branch,
     trajectories: Trajectories,
@@ -38,33 +45,46 @@ def move_pair(
     *,
     score: Score,
 ) -> Moved:
-    """Where guidance moves the pairs of a branch; `winner` and `loser` index the rows of its scored candidates."""
-    scored = branch.scored
-    latents, reward = scored.latents[winner], scored.reward[winner]
-    step = scored.step.rows(winner) if scored.step else None
-    zero, yes = torch.zeros_like(reward), torch.ones_like(reward, dtype=torch.bool)
-    if guidance is None or scored.gradient is None:
-        still = torch.zeros_like(latents)
-        return Moved(still, still, zero, accepted=yes, latents=latents, step=step)
-    push, push_loser = _pushes(guidance, branch, winner, loser, progress=branch.k / policy.schedule.steps)
+    """Where guidance moves the pairs of a branch, whose candidates were scored with gradients; `winner` and `loser`
+    index their rows."""
+    scored, gradient = branch.scored, branch.scored.gradient
+    assert gradient is not None
+    push, push_loser = _pushes(guidance, branch, winner, loser, gradient, progress=branch.k / policy.schedule.steps)
     # To first order; what it really is would cost a decode and a reward query.
-    gain = (scored.gradient[winner] * push).flatten(1).sum(dim=1).nan_to_num()
-    gain_loser = -(scored.gradient[loser] * push_loser).flatten(1).sum(dim=1).nan_to_num()
-    if not guidance.accept_reject:
-        return Moved(push, push_loser, gain + gain_loser, accepted=yes, latents=latents + push, step=None)
+    gain = (gradient[winner] * push).flatten(1).sum(dim=1).nan_to_num()
+    gain_loser = -(gradient[loser] * push_loser).flatten(1).sum(dim=1).nan_to_num()
+    latents, yes = scored.latents[winner] + push, torch.ones_like(gain, dtype=torch.bool)
+    moved = Moved(push, push_loser, gain + gain_loser, accepted=yes, latents=latents, step=None)
+    if guidance.accept_reject:
+        return _kept_if_better(policy, branch, trajectories, winner, moved, gain_loser=gain_loser, score=score)
+    return moved
+
+
+def _kept_if_better(
+    policy: Policy,
+    branch: Branch,
+    trajectories: Trajectories,
+    winner: Tensor,
+    moved: Moved,
+    *,
+    gain_loser: Tensor,
+    score: Score,
+) -> Moved:
+    """The same where the winners' step reward really rises; the others stay where they were."""
+    before, (latents, step) = branch.scored.reward[winner], branch.scored.rows(winner)
     again = score_latents(
-        policy, latents + push, k=branch.k + 1, cond=trajectories.cond, prompts=trajectories.prompts, score=score
+        policy, moved.latents, k=branch.k + 1, cond=trajectories.cond, prompts=trajectories.prompts, score=score
     )
-    accepted = again.reward > reward  # false where either is missing
+    accepted = again.reward > before  # false where either is missing
     keep = accepted.view(-1, 1, 1, 1)
     if step is not None and again.step is not None:
         mean = torch.where(keep, again.step.gaussian.mean, step.gaussian.mean)
         x0 = torch.where(keep, again.step.x0, step.x0)
         step = PolicyStep(GaussianStep(mean, step.gaussian.std), x0)
     return Moved(
-        push * keep,
-        push_loser * keep,
-        torch.where(accepted, again.reward - reward + gain_loser, zero),
+        moved.push * keep,
+        moved.push_loser * keep,
+        torch.where(accepted, again.reward - before + gain_loser, torch.zeros_like(before)),
         accepted=accepted,
         latents=torch.where(keep, again.latents, latents),
         step=step,
@@ -72,11 +92,10 @@ def move_pair(
 
 
 def _pushes(
-    guidance: Guidance, branch: Branch, winner: Tensor, loser: Tensor, *, progress: float
+    guidance: Guidance, branch: Branch, winner: Tensor, loser: Tensor, gradients: Tensor, *, progress: float
 ) -> tuple[Tensor, Tensor]:
     """x+ - x of winners and losers."""
-    gradients, std = branch.scored.gradient, branch.step.gaussian.std
-    assert gradients is not None
+    std = branch.step.gaussian.std
     symmetric = isinstance(guidance, SigmaGuidance) and guidance.symmetric
     gradient = gradients[winner] + gradients[loser] if symmetric else gradients[winner]
     push = guidance.push(gradient, branch.scored.reward[winner], std=std, progress=progress)

@@ -7,8 +7,7 @@ in the middle (`DDIM.noise_weight`, squared).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,22 +16,21 @@ from tailorpo.algorithms.base import Shown
 from tailorpo.gaussian_step import GaussianStep
 from tailorpo.models import Conditioning
 from tailorpo.policy import Policy, PolicyStep
-from tailorpo.rollout import ChainStep, Trajectories
+from tailorpo.rollout import Branch, ChainStep, Trajectories
 
 
 @dataclass
 class KLStep:
-    """One step of a batch of trajectories; `step` carries the graph of the rollout, or is None if a later evaluation
-    makes it. The rest is what `Pair` has, too."""
+    """One step of a batch of trajectories, with its KL when it was walked, (B,); `step` carries the graph of the
+    rollout, or is None if a later evaluation makes it."""
 
     k: int
-    prompts: Sequence[str]
     latents: Tensor
     cond: Conditioning
+    _: KW_ONLY
+    kl: Tensor
     step: PolicyStep | None
     reference: GaussianStep
-    next_latents: Tensor
-    next_step: None = None
 
     def figures(self) -> dict[str, Tensor]:
         """Nothing: its KL is logged with that of its trajectory."""
@@ -55,6 +53,7 @@ class StoredKLStep:
     latents: Tensor
     cond: Conditioning
     reference: GaussianStep
+    step: None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -70,62 +69,34 @@ class StoredKLStep:
         )
 
 
-def step_kl(policy: Policy, sample: KLStep | StoredKLStep) -> Tensor:
-    """KL to the loss's reference in nats, (B,), with the graph that the rollout left or from a new evaluation."""
-    known = sample.step if isinstance(sample, KLStep) else None
-    return (known or policy.step(sample.latents, sample.k, sample.cond)).gaussian.kl(sample.reference)
-
-
 @torch.no_grad()
-def see_step(
-    policy: Policy, trajectories: Trajectories, walked: ChainStep, *, penalised: bool, measured: bool, graph: bool
-) -> KLStep | None:
-    """What there is to train at a step between the trained ones, whose KL to the base model is noted on the way.
+def penalised_step(policy: Policy, trajectories: Trajectories, walked: ChainStep, *, graph: bool) -> KLStep:
+    """What there is to train at a step between the trained ones, at one evaluation of the reference.
 
     Args:
         policy: the model under its sampler.
         trajectories: those that take the step.
         walked: the step.
-        penalised: whether its KL is penalised, for one evaluation of the reference.
-        measured: whether to note anything.
         graph: whether the step's graph serves the loss.
     """
-    if policy.sampler.std(policy.schedule, walked.k) == 0:  # no density: the last step of some schedulers
-        return None
-    if not penalised:
-        if measured:
-            note_kl(policy, trajectories, walked.k, walked.latents, walked.step)
-        return None
     reference = policy.reference_step(walked.latents, walked.k, trajectories.cond)
-    if measured:
-        kl = walked.step.detach().gaussian.kl(reference)
-        note_kl(policy, trajectories, walked.k, walked.latents, walked.step, known=kl)
     return KLStep(
-        k=walked.k,
-        prompts=trajectories.prompts,
-        latents=walked.latents,
-        cond=trajectories.cond,
+        walked.k,
+        walked.latents,
+        trajectories.cond,
+        kl=walked.step.detach().gaussian.kl(reference),
         step=walked.step if graph else None,
         reference=reference,
-        next_latents=walked.next_latents,
     )
 
 
 @torch.no_grad()
-def note_kl(
-    policy: Policy,
-    trajectories: Trajectories,
-    k: int,
-    latents: Tensor,
-    step: PolicyStep,
-    *,
-    known: Tensor | None = None,
-) -> None:
-    """Note the KL of step k to the base model: the known one to the loss's reference where that is the base model,
+def note_kl(policy: Policy, trajectories: Trajectories, at: Branch | ChainStep, *, known: Tensor | None) -> None:
+    """Note a step's KL to the base model: the known one to the loss's reference where that is the base model,
     otherwise that of the measured trajectories, by evaluations of the base model."""
     if known is not None and policy.moving is None:
-        trajectories.kl[k] = known
+        trajectories.kl[at.k] = known
     elif trajectories.measured:
-        rows = torch.arange(trajectories.measured, device=latents.device)
-        gaussian = step.detach().rows(rows).gaussian
-        trajectories.kl[k] = policy.measured_kl(gaussian, latents[rows], k, trajectories.cond.rows(rows))
+        rows = torch.arange(trajectories.measured, device=at.latents.device)
+        gaussian = at.step.detach().rows(rows).gaussian
+        trajectories.kl[at.k] = policy.measured_kl(gaussian, at.latents[rows], at.k, trajectories.cond.rows(rows))

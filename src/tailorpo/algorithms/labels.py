@@ -51,8 +51,8 @@ def label_problems(
     return found
 
 
-def temperature(tau: Temperature, reward: Tensor, *, scales: GapScales | None, k: int) -> Tensor | None:
-    """The label temperature of each trajectory, (B,), or None where labels are hard.
+def temperature(tau: float | Literal["auto"], reward: Tensor, *, scales: GapScales | None, k: int) -> Tensor:
+    """The label temperature of each trajectory, (B,), for soft labels.
 
     Args:
         tau: the setting.
@@ -60,8 +60,6 @@ def temperature(tau: Temperature, reward: Tensor, *, scales: GapScales | None, k
         scales: what is known of the gaps, and takes note of these; None where the caller keeps none.
         k: the step.
     """
-    if tau is None:
-        return None
     if tau != "auto":
         return torch.full_like(reward[0], tau)
     gaps, both = sibling_gaps(reward.unsqueeze(0))

@@ -20,9 +20,10 @@ class Pair:
     """One ranked pair per trajectory, at one step: what the loss needs, and what the log wants to know.
 
     Everything is (B,) or (B, C, h, w). `noise_difference` is z_w - z_l after guidance, `push` its size there in sigma,
-    rewards and gap are those before it; `extra` are figures of the method's own. `step` carries the graph of the
-    rollout under an inline update and is None otherwise. `keep_reference` is for losses that need the reference's whole
-    mean in later epochs, and not only its projection on the pair.
+    rewards are those before it; `extra` are figures of the method's own. `step` carries the graph of the rollout under
+    an inline update and is None otherwise; the walk goes on from `next_latents`, where its step is `next_step`, if that
+    is known. `keep_reference` is for losses that need the reference's whole mean in later epochs, and not only its
+    projection on the pair.
     """
 
     k: int
@@ -32,11 +33,9 @@ class Pair:
     noise_difference: Tensor
     probability: Tensor
     valid: Tensor
-    tie: Tensor
     present: Tensor
     reward_winner: Tensor
     reward_loser: Tensor
-    gap: Tensor
     logit: Tensor
     kl: Tensor
     log_ratio_winner: Tensor
@@ -50,6 +49,16 @@ class Pair:
     next_latents: Tensor
     next_step: PolicyStep | None
     keep_reference: bool = field(default=False, kw_only=True)
+
+    @property
+    def gap(self) -> Tensor:
+        """By how much the winner's reward is higher, (B,)."""
+        return self.reward_winner - self.reward_loser
+
+    @property
+    def tie(self) -> Tensor:
+        """Pairs with two equal rewards, (B,)."""
+        return self.present & (self.reward_winner == self.reward_loser)
 
     def figures(self) -> dict[str, Tensor]:
         """What there is to log; `accuracy` is 1 where the policy's own log-ratios order the pair as the reward does,
@@ -106,6 +115,7 @@ class StoredPairs:
     valid: Tensor
     reference_projection: Tensor
     reference: GaussianStep | None = None
+    step: None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -124,14 +134,8 @@ class StoredPairs:
         )
 
 
-def pair_logit(policy: Policy, pair: Pair | StoredPairs) -> Tensor:
-    """Log-ratio of the winner minus that of the loser in nats, (B,): from the graph that the rollout left, or from a
-    new evaluation of x_k."""
-    return logit_of(policy, pair, pair_step(policy, pair))
-
-
 class FromStep(Protocol):
-    """What a loss trains on: made at step k from `latents`, x_k."""
+    """What a loss trains on: made at step k from `latents`, x_k, with the graph of that step if the rollout left it."""
 
     @property
     def k(self) -> int: ...
@@ -139,16 +143,17 @@ class FromStep(Protocol):
     def latents(self) -> Tensor: ...
     @property
     def cond(self) -> Conditioning: ...
+    @property
+    def step(self) -> PolicyStep | None: ...
 
 
-def pair_step(policy: Policy, sample: FromStep) -> GaussianStep:
-    """The policy's step from x_k: with the graph that the rollout left in a pair, or from a new evaluation."""
-    known = sample.step if isinstance(sample, Pair) else None
-    return (known or policy.step(sample.latents, sample.k, sample.cond)).gaussian
+def current_step(policy: Policy, sample: FromStep) -> GaussianStep:
+    """The policy's step from x_k: with the graph that the rollout left, or from a new evaluation."""
+    return (sample.step or policy.step(sample.latents, sample.k, sample.cond)).gaussian
 
 
 def logit_of(policy: Policy, pair: Pair | StoredPairs, gaussian: GaussianStep) -> Tensor:
-    """`pair_logit` of the policy's step from x_k."""
+    """Log-ratio of the winner minus that of the loser in nats, (B,), under the policy's step from x_k."""
     if isinstance(pair, StoredPairs):
         origin = policy.origin(pair.latents, pair.k)
         return gaussian.projection(pair.noise_difference, origin) - pair.reference_projection
@@ -184,6 +189,7 @@ class StoredCandidates:
     _: KW_ONLY
     valid: Tensor
     reference: GaussianStep
+    step: None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -202,5 +208,5 @@ class StoredCandidates:
 
 
 def candidate_log_ratios(pair: CandidatePair | StoredCandidates, gaussian: GaussianStep) -> tuple[Tensor, Tensor]:
-    """Log-ratios of winner and loser in nats, (B,) each, under the policy's step from x_k (`pair_step`)."""
+    """Log-ratios of winner and loser in nats, (B,) each, under the policy's step from x_k (`current_step`)."""
     return gaussian.log_ratio(pair.winner, pair.reference), gaussian.log_ratio(pair.loser, pair.reference)

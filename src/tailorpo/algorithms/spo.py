@@ -34,7 +34,7 @@ from torch import Tensor
 
 from tailorpo.algorithms.base import Cost, Gather, Update, alone, check_counts, common_problems
 from tailorpo.algorithms.d3po import Reduction
-from tailorpo.algorithms.pairs import CandidatePair, StoredCandidates, candidate_log_ratios, pair_step
+from tailorpo.algorithms.pairs import CandidatePair, StoredCandidates, candidate_log_ratios, current_step
 from tailorpo.noise import Noise
 from tailorpo.objectives import clamp_log_ratio, dpo
 from tailorpo.policy import Policy
@@ -145,20 +145,22 @@ class SPO:
         the next.
         """
 
-        def decide(branch: Branch) -> CandidatePair:
-            return self._rank(policy, branch, trajectories, noise=noise)
-
-        yield from rollout_branches(
+        for at in rollout_branches(
             policy,
             trajectories,
             noise=noise,
             trained=trained,
             candidates=self.candidates,
             score=score,
-            decide=decide,
-            graph=self.update == "inline",
+            graph=lambda k: self.update == "inline" and k in trained,
             on_step=on_step,
-        )
+        ):
+            if isinstance(at, Branch):
+                pair = self._rank(policy, at, trajectories, noise=noise)
+                trajectories.go_on(pair.next_latents, pair.next_step)
+                yield pair
+                del pair  # lets go of the graph before the walk goes on
+            del at
 
     def prepare(
         self, stored: Sequence[StoredCandidates], memory: dict[str, list[float]], gather: Gather = alone
@@ -171,7 +173,7 @@ class SPO:
         """The loss of each pair, (B,); zero where it was dropped."""
         dimensions = math.prod(pair.latents.shape[1:])
         winner, loser = (
-            self._clamp(self._reduce(x, dimensions)) for x in candidate_log_ratios(pair, pair_step(policy, pair))
+            self._clamp(self._reduce(x, dimensions)) for x in candidate_log_ratios(pair, current_step(policy, pair))
         )
         loss = dpo(winner - loser, beta=self.beta)
         return torch.where(pair.valid, loss, torch.zeros_like(loss))
@@ -202,8 +204,8 @@ class SPO:
         log_ratio = torch.stack([gaussian.log_ratio(winner, reference), gaussian.log_ratio(loser, reference)])
         reduced = self._reduce(log_ratio, math.prod(winner.shape[1:]))
 
-        draws = [noise.integer(count, *key, "step", branch.k, "continue") for key in trajectories.keys]
-        chosen = torch.tensor(draws, device=rows.device) * batch + rows
+        chosen = branch.random_rows(noise, trajectories)
+        next_latents, next_step = scored.rows(chosen)
         if scored.step is None:
             trajectories.reward = scored.comparison.total[chosen]
             trajectories.members = {name: each[chosen] for name, each in scored.comparison.members.items()}
@@ -215,11 +217,9 @@ class SPO:
             noise_difference=difference,
             probability=torch.ones_like(margin),
             valid=present & (margin > self.threshold),
-            tie=present & (reward_best == reward_worst),
             present=present,
             reward_winner=reward_best,
             reward_loser=reward_worst,
-            gap=reward_best - reward_worst,
             logit=gaussian.pair_logit(difference, reference),
             kl=gaussian.kl(reference),
             log_ratio_winner=log_ratio[0],
@@ -235,8 +235,8 @@ class SPO:
             pictures_loser=scored.pictures[worst],
             step=branch.step if self.update == "inline" else None,
             reference=reference,
-            next_latents=scored.latents[chosen],
-            next_step=scored.step.rows(chosen) if scored.step else None,
+            next_latents=next_latents,
+            next_step=next_step,
             winner=winner,
             loser=loser,
         )

@@ -37,15 +37,15 @@ from tailorpo.algorithms.base import Cost, Gather, Update, alone, check_counts, 
 from tailorpo.algorithms.checks import setting_problems
 from tailorpo.algorithms.gated import gated_kl
 from tailorpo.algorithms.groups import Group, StoredGroups, group_scores
-from tailorpo.algorithms.kl_step import KLStep, StoredKLStep, note_kl, see_step, step_kl
+from tailorpo.algorithms.kl_step import KLStep, StoredKLStep, note_kl, penalised_step
 from tailorpo.algorithms.pairs import (
     CandidatePair,
     Pair,
     StoredCandidates,
     StoredPairs,
     candidate_log_ratios,
+    current_step,
     logit_of,
-    pair_step,
 )
 from tailorpo.algorithms.ranking import rank
 from tailorpo.algorithms.safeguard import guarded, loser_scale
@@ -56,7 +56,7 @@ from tailorpo.moving_reference import MovingReference
 from tailorpo.noise import Noise
 from tailorpo.objectives import dpo, ipo, plackett_luce, soft_dpo
 from tailorpo.policy import Policy
-from tailorpo.rollout import Branch, ChainStep, Trajectories, rollout_branches
+from tailorpo.rollout import Branch, Trajectories, rollout_branches
 from tailorpo.samplers import DDIM
 from tailorpo.step_choice import AutoSteps, Steps
 from tailorpo.step_rewards import Score
@@ -274,42 +274,34 @@ class TailorPO:
         Under an inline update a pair carries the graph of its step: run the loss and its backward before asking for
         the next.
         """
-
         penalised = self.penalised_between(policy.schedule.steps, trained)
         measured = self.kl_measured > 0 and self.finish  # a part of a trajectory has no KL to log
-
-        def decide(branch: Branch) -> Pair | KLStep:
-            pair = rank(self, policy, branch, trajectories, score=score, noise=noise)
-            if measured:
-                note_kl(policy, trajectories, branch.k, branch.latents, branch.step, known=pair.kl)
-            return pair
-
-        def between(walked: ChainStep) -> KLStep | None:
-            return see_step(
-                policy,
-                trajectories,
-                walked,
-                penalised=walked.k in penalised,
-                measured=measured,
-                graph=self.update == "inline",
-            )
-
-        yield from rollout_branches(
+        inline = self.update == "inline"
+        for at in rollout_branches(
             policy,
             trajectories,
             noise=noise,
             trained=trained,
             candidates=self.candidates,
             score=score,
-            decide=decide,
-            graph=self.update == "inline",
+            graph=lambda k: inline and (k in trained or k in penalised),
             gradient="none" if self.guidance is None else self.guidance.jacobian,
             step_reward=self.step_reward,
-            between=between,
-            graph_between=penalised,
             finish=self.finish,
             on_step=on_step,
-        )
+        ):
+            sample: Pair | KLStep | None = None
+            density = at.step.gaussian.std > 0  # the last step of some schedulers has none
+            if isinstance(at, Branch):
+                sample = rank(self, policy, at, trajectories, score=score, noise=noise)
+                trajectories.go_on(sample.next_latents, sample.next_step)
+            elif at.k in penalised and density:
+                sample = penalised_step(policy, trajectories, at, graph=inline)
+            if measured and density:
+                note_kl(policy, trajectories, at, known=sample.kl if sample else None)
+            if sample:
+                yield sample
+            del at, sample  # let go of the graph before the walk goes on
 
     def prepare(
         self, stored: Sequence[StoredSample], memory: dict[str, list[float]], gather: Gather = alone
@@ -322,9 +314,9 @@ class TailorPO:
 
         It is zero for candidates without an order; penalties of the KL, if there are any, are added to all of them.
         """
+        gaussian = current_step(policy, sample)
         if isinstance(sample, KLStep | StoredKLStep):
-            return self.kl_penalty * step_kl(policy, sample)
-        gaussian = pair_step(policy, sample)
+            return self.kl_penalty * gaussian.kl(sample.reference)
         loss = self._objective(policy, sample, gaussian)
         loss = torch.where(sample.valid, loss, torch.zeros_like(loss))
         if self.kl_penalty and sample.reference is not None:

@@ -48,7 +48,7 @@ from tailorpo.experiments.measurement import Lines, Settings, base_policy, descr
 from tailorpo.experiments.plots import COLOURS, pyplot
 from tailorpo.guidance import SigmaGuidance
 from tailorpo.noise import Noise
-from tailorpo.policy import Policy, PolicyStep
+from tailorpo.policy import Policy
 from tailorpo.prompts import load_prompts
 from tailorpo.rewards import Scorer, load_scorer
 from tailorpo.rollout import Branch, rollout_branches, start_trajectories
@@ -163,15 +163,6 @@ def _block(
     return total, gram, count
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """A branch, and the candidate to go on from."""
-
-    branch: Branch
-    next_latents: Tensor
-    next_step: PolicyStep | None
-
-
 def _trajectory(
     policy: Policy,
     prompt: str,
@@ -186,23 +177,20 @@ def _trajectory(
     score, judge = scorers
     parameters = list(policy.model.trainable().values())
     found = torch.zeros(len(BASIS), sum(parameter.numel() for parameter in parameters))
-
-    def decide(branch: Branch) -> _Seen:
-        scored = branch.scored  # candidate 0 is as good a draw as any
-        return _Seen(branch, scored.latents[:1], scored.step.rows(torch.tensor([0])) if scored.step else None)
-
-    for seen in rollout_branches(
+    trajectory = start_trajectories(policy, [prompt], noise=noise, keys=[("pair", number)])
+    for branch in rollout_branches(
         policy,
-        start_trajectories(policy, [prompt], noise=noise, keys=[("pair", number)]),
+        trajectory,
         noise=noise,
         trained=trained,
         candidates=CANDIDATES,
         score=score,
-        decide=decide,
-        graph=True,
+        graph=lambda k: k in trained,
         gradient="full",
     ):
-        branch = seen.branch
+        if not isinstance(branch, Branch):
+            continue
+        trajectory.go_on(*branch.scored.rows(torch.tensor([0])))  # as good a draw as any
         with torch.no_grad():
             judged = judge(branch.scored.pictures, [prompt] * CANDIDATES)
         weight = policy.sampler.noise_weight(policy.schedule, branch.k, kind=policy.model.prediction_type)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
@@ -55,16 +55,7 @@ class Conditioning:
         return self._each(lambda tensor: tensor[index])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
-        def changed(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else change(tensor)
-
-        return Conditioning(
-            change(self.positive),
-            change(self.negative),
-            pooled_positive=changed(self.pooled_positive),
-            pooled_negative=changed(self.pooled_negative),
-            sizes=changed(self.sizes),
-        )
+        return replace(self, **{name: change(tensor) for name, tensor in vars(self).items() if tensor is not None})
 
 
 class DiffusionModel(Protocol):

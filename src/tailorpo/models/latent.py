@@ -125,9 +125,8 @@ class LatentDiffusion(ABC):
             x, embeddings = torch.cat([x, x]), torch.cat([cond.negative, cond.positive])
             time = time.repeat(2) if len(time) > 1 else time
         with self.trained.precision():
-            output = self.unet(x, time, encoder_hidden_states=embeddings, added_cond_kwargs=added, return_dict=False)[
-                0
-            ].float()
+            outputs = self.unet(x, time, encoder_hidden_states=embeddings, added_cond_kwargs=added, return_dict=False)
+        output = outputs[0].float()
         if not guided:
             return output
         unconditional, conditional = output.chunk(2)

@@ -59,14 +59,16 @@ class Comparison:
         return cls(reward.detach(), reward, reward.detach())
 
     def figures(self, winner: Tensor, loser: Tensor) -> dict[str, Tensor]:
-        """What there is to log of pairs of rows, (P,) each; nothing without an ensemble.
+        """What there is to log of pairs of rows, (P,) each; nothing without an ensemble."""
+        return self._opinions(winner, loser) if self.members else {}
+
+    def _opinions(self, winner: Tensor, loser: Tensor) -> dict[str, Tensor]:
+        """What each member says of the pairs.
 
         `agreement` is 1 where a member orders the pair as the ensemble does, 0 where the other way round, and 1/2 where
         either abstains; `abstained` is 1 where the ensemble does although some member does not; `disagreement` is how
         far the members are from seeing the same gap (`objectives.disagreement`).
         """
-        if not self.members:
-            return {}
         decision = (self.reward[winner] - self.reward[loser]).sign()
         found: dict[str, Tensor] = {}
         opinions, gaps = torch.zeros_like(decision), list[Tensor]()

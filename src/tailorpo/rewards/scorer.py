@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol, Self, runtime_checkable
+from typing import Literal, Protocol, Self, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from tailorpo.errors import DivergedError, RewardError
+from tailorpo.rewards.refusals import describe, diverged, no_gradient, no_graph, not_finite, raised, wrong_result
 
 
 class Reward(Protocol):
@@ -90,18 +91,15 @@ class Scorer:
         Raises RewardError if a member raises, returns the wrong thing, has no gradient where one is asked for, or
         (under "stop") returns a number that is not finite; ValueError if images and prompts do not fit together.
         """
-        return self._total(images, prompts, None)
+        return self._sum(self._scores(images, prompts, None))
 
     def at(self, time: int, /) -> Callable[[Tensor, Sequence[str]], Tensor]:
         """The same for predicted clean pictures at the network's time: members that are StepAware are told it."""
 
         def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
-            return self._total(images, prompts, time)
+            return self._sum(self._scores(images, prompts, time))
 
         return score
-
-    def _total(self, images: Tensor, prompts: Sequence[str], time: int | None) -> Tensor:
-        return self._sum(self._scores(images, prompts, time))
 
     def _sum(self, scores: Sequence[Tensor]) -> Tensor:
         total = scores[0] * self.members[0][1]
@@ -132,11 +130,13 @@ class Scorer:
 
     def _scores(self, images: Tensor, prompts: Sequence[str], time: int | None) -> list[Tensor]:
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError(f"expected floating images (B, 3, H, W), got {_describe(images)}")
+            raise ValueError(f"expected floating images (B, 3, H, W), got {describe(images)}")
         if len(prompts) != len(images):
             raise ValueError(f"{len(images)} pictures came with {len(prompts)} prompts")
         gradient = torch.is_grad_enabled() and images.requires_grad
-        rewards = [reward if time is None else _at(reward, time) for reward, _ in self.members]
+        rewards = [reward for reward, _ in self.members]
+        if time is not None:
+            rewards = [reward.at(time) if isinstance(reward, StepAware) else reward for reward in rewards]
         # A reward may well give a broken picture a number (JPEG does), so the pictures themselves are looked at, too.
         broken = ~torch.isfinite(images.detach()).flatten(1).all(1)
         try:
@@ -152,9 +152,7 @@ class Scorer:
         invalid = int(bad.sum())  # the only wait for the device of a call
         if invalid and self.on_invalid == "stop":
             self._refuse_broken(broken, prompts)
-            for (reward, _), score, rows in zip(self.members, scores, wrong, strict=True):
-                if bool(rows.any()):
-                    raise RewardError(_not_finite(reward.name, score.detach(), rows, images, prompts))
+            self._refuse_scores(scores, wrong, images, prompts)
         self.queries += len(images)
         self.invalid += invalid
         # A row that is infinite in one member is NaN in all: no ranking can be built on half of a sum.
@@ -162,15 +160,14 @@ class Scorer:
 
     def _refuse_broken(self, broken: Tensor, prompts: Sequence[str]) -> None:
         if self.on_invalid == "stop" and bool(broken.any()):
-            raise DivergedError(
-                f"{int(broken.sum())} of {len(broken)} pictures to score hold values that are not finite, the first "
-                f"for the prompt {prompts[int(broken.nonzero()[0, 0])]!r}: the model diverged. Lower the learning "
-                "rate; the last checkpoint is kept"
-            )
+            raise DivergedError(diverged(broken, prompts))
 
-
-def _at(reward: Reward, time: int) -> Reward:
-    return reward.at(time) if isinstance(reward, StepAware) else reward
+    def _refuse_scores(
+        self, scores: Sequence[Tensor], wrong: Sequence[Tensor], images: Tensor, prompts: Sequence[str]
+    ) -> None:
+        for (reward, _), score, rows in zip(self.members, scores, wrong, strict=True):
+            if bool(rows.any()):
+                raise RewardError(not_finite(reward.name, score.detach(), rows, images, prompts))
 
 
 def _score(
@@ -178,61 +175,17 @@ def _score(
 ) -> Tensor:
     """One member's (B,) float32 scores on the device of the images."""
     if gradient and not reward.differentiable:
-        raise RewardError(
-            f"reward {reward.name!r} has no gradient, and one was asked for. Take a differentiable reward "
-            "(`tailorpo rewards` lists them) or an algorithm without reward gradients (algorithm.guidance=null)."
-        )
+        raise RewardError(no_gradient(reward.name))
     given = (images if gradient else images.detach()).to(device or images.device)
     try:
         with torch.set_grad_enabled(gradient):
-            score = reward(given, prompts)
+            score = cast(object, reward(given, prompts))  # which may be anything
     except RewardError:
         raise
     except Exception as error:  # whatever a user's reward raises; KeyboardInterrupt and SystemExit pass
-        raise RewardError(
-            f"reward {reward.name!r} raised {type(error).__name__}: {error}\n"
-            f"  it was given {_describe(images)} and {len(prompts)} prompts, the first {prompts[:1]}\n"
-            "  it has to accept any batch size; try it alone on torch.rand(2, 3, 64, 64) and two prompts."
-        ) from error
-    problem = _problem(score, len(images))
-    if problem is not None:
-        raise RewardError(
-            f"reward {reward.name!r} has to return one floating-point number per picture, a tensor of shape "
-            f"({len(images)},); {problem}\n  it was given {_describe(images)} and {len(prompts)} prompts"
-        )
+        raise RewardError(raised(reward.name, error, images, prompts)) from error
+    if not isinstance(score, Tensor) or score.shape != (len(images),) or not score.is_floating_point():
+        raise RewardError(wrong_result(reward.name, score, images, prompts))
     if gradient and not score.requires_grad:
-        raise RewardError(
-            f"reward {reward.name!r} says it is differentiable, but its score does not depend on the pictures through "
-            "autograd. Look for detach(), item(), numpy or PIL, torch.no_grad() or inference_mode() in it, or set its "
-            "`differentiable` to False."
-        )
+        raise RewardError(no_graph(reward.name))
     return score.to(device=images.device, dtype=torch.float32)
-
-
-def _problem(score: object, count: int) -> str | None:
-    """What is wrong with what a reward returned, in words; None if nothing is."""
-    if not isinstance(score, Tensor):
-        return f"it returned a {type(score).__name__}. Return torch.tensor([...]) or stack the single scores."
-    got = f"it returned shape {tuple(score.shape)}, dtype {score.dtype}."
-    if score.shape != (count,):
-        if score.numel() == count:
-            return f"{got} Add .flatten() to it."
-        return f"{got} One number per picture: a mean over the batch is not enough to rank two pictures."
-    return None if score.is_floating_point() else f"{got} Add .float() to it."
-
-
-def _not_finite(name: str, score: Tensor, wrong: Tensor, images: Tensor, prompts: Sequence[str]) -> str:
-    first = int(wrong.nonzero()[0, 0])
-    return (
-        f"reward {name!r} returned {float(score[first])} for {int(wrong.sum())} of {len(score)} pictures, the first "
-        f"for the prompt {prompts[first]!r}\n  it was given {_describe(images)}\n"
-        "  mend the reward, or leave such pictures out and count them: on_invalid_reward: skip"
-    )
-
-
-def _describe(images: Tensor) -> str:
-    text = f"pictures of shape {tuple(images.shape)}, dtype {images.dtype}"
-    if images.numel() == 0:
-        return text
-    low, high = torch.aminmax(images.detach())
-    return f"{text}, values {float(low):.4g} to {float(high):.4g}"
