@@ -24,7 +24,7 @@ from tiny_run import tailorpo
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tailorpo import _distributed
+from tailorpo import _distributed, _zero
 from tailorpo import train as loop
 from tailorpo._distributed import Processes, open_processes
 from tailorpo.errors import DivergedError
@@ -220,6 +220,7 @@ def without_compiler() -> None:
 def record_state() -> None:
     """At every checkpoint, how many numbers of the optimizer's moments this process holds."""
     without_compiler()
+    _zero.BUCKET = 1 << 14  # more than one exchange for a whole tiny network, and parameters that fill more than one
     folder, rank, save = Path(os.environ["RECORDS"]), os.environ["RANK"], loop.save
 
     def saving(session: Session, update: int) -> None:

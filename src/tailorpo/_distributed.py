@@ -12,7 +12,7 @@ by number, so what is drawn does not depend on who draws it.
 The network is not wrapped: the reduction is one visible call (docs/decisions/0007-gradients-are-reduced-explicitly.md).
 Where accelerate is configured with FSDP2 the network is cut into shards besides (`_sharding`), and what is trained in
 shards has its gradients added up by torch. Where it is configured with DeepSpeed's ZeRO-2 the optimizer is divided
-(`_zero`). Left out, and refused: Megatron, which takes over the model (docs/decisions/0008-fsdp2-shards-the-network.md).
+(`_zero`; docs/decisions/0008-fsdp2-shards-the-network.md). Left out, and refused: Megatron, which takes over the model.
 
 Between the processes of one run objects travel as pickles, as accelerate sends them; nothing from outside does.
 """

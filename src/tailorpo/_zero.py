@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from tailorpo.errors import CheckpointError, UserError
 
-BUCKET = 500_000_000
-"""Most numbers that deepspeed adds up or gathers at once, unless the configuration says otherwise; its own default."""
+BUCKET = 1 << 26
+"""Most numbers that are added up or gathered at once, unless the configuration says otherwise: 256 MB."""
 
 _HONOURED = ("reduce_bucket_size", "allgather_bucket_size", "overlap_comm", "contiguous_gradients", "reduce_scatter")
 _WITHOUT_EFFECT = ("steps_per_print", "wall_clock_breakdown", "zero_allow_untested_optimizer")
