@@ -103,13 +103,7 @@ class Zero:
         return "accelerate is configured with DeepSpeed, which is not installed; `pip install 'tailorpo[deepspeed]'`"
 
     def divide(self, parameters: Sequence[nn.Parameter], adamw: torch.optim.Optimizer, clip: float | None) -> Divided:
-        """Divide the state of an optimizer that has not made a step among the processes, all of which call this.
-
-        Raises:
-            UserError: a parameter has a layout that would be lost.
-        """
-        if not all(parameter.is_contiguous() for parameter in parameters):
-            raise UserError("with DeepSpeed trained parameters have to lie in order; leave model.channels_last out")
+        """Divide the state of an optimizer that has not made a step among the processes, all of which call this."""
         return Divided(
             parameters, adamw, {"gradient_clipping": clip or 0.0, "zero_optimization": self._stage(parameters)}
         )

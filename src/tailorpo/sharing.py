@@ -37,6 +37,7 @@ def check_shares(run: Run, processes: Processes) -> None:
         for name, there in (
             ("sentinels", run.sentinels is not None),
             ("optimizer.name: adamw8bit", run.optimizer.name == "adamw8bit"),
+            ("model.channels_last", not cut and run.model.channels_last),
             ("algorithm.kl_target", cut and isinstance(method, TailorPO) and method.kl_target is not None),
             ("algorithm.reference", cut and isinstance(method, TailorPO) and method.reference != "base"),
         )

@@ -29,10 +29,12 @@ CUTS: dict[str, dict[str, Any]] = {
     "LoRA": {
         "algorithm": {"name": "tailorpo", "train_steps": 2, "guidance": {"form": "sigma", "k": 0.5}, "kl_target": 1.0},
         "model": {"lora": {"rank": 2}},
+        "stage": {"overlap_comm": True, "reduce_scatter": False, "contiguous_gradients": False},
     },
     "full": {
         "algorithm": {"name": "tailorpo", "train_steps": 2, "update": "buffered", "minibatch": 1, "accumulate": 3},
         "model": {"lora": None, "full": True},
+        "stage": {"reduce_bucket_size": 10_000, "allgather_bucket_size": "auto"},
     },
 }
 # A large eps makes Adam's step a smooth function of the gradient, so that rounding stays small; the clipping acts.
@@ -45,8 +47,9 @@ def run_file(tiny_folder: Path, cut: str, **changes: Any) -> dict[str, Any]:
     return settings(tiny_folder, algorithm=chosen["algorithm"], model=model, optimizer=OPTIMIZER, **changes)
 
 
-def train(count: int, folder: Path, data: dict[str, Any], prepare: Any = many.record_state) -> Path:
-    ended = many.run(count, folder, many.training, data, folder / "run", prepare=prepare, environment=DEEPSPEED)
+def train(count: int, folder: Path, data: dict[str, Any], prepare: Any = many.record_state, **variables: str) -> Path:
+    environment = DEEPSPEED | variables
+    ended = many.run(count, folder, many.training, data, folder / "run", prepare=prepare, environment=environment)
     assert [each.exit_code for each in ended] == [0] * count, ended
     return folder / "run"
 
@@ -74,8 +77,10 @@ def apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], kind: 
 @pytest.mark.parametrize("cut", list(CUTS))
 def test_with_a_part_of_the_state_each_two_processes_train_as_one(tiny_folder: Path, tmp_path: Path, cut: str) -> None:
     """The buffered update deals out its minibatches unequally, so that a process has to fill up."""
-    data = run_file(tiny_folder, cut)
-    one, two = (train(count, tmp_path / str(count), data) for count in (1, 2))
+    data, file = run_file(tiny_folder, cut), tmp_path / "deepspeed.json"
+    file.write_text(json.dumps({"gradient_clipping": "auto", "zero_optimization": {"stage": 2, **CUTS[cut]["stage"]}}))
+    variables = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    one, two = (train(count, tmp_path / str(count), data, **variables) for count in (1, 2))
     whole = sum(each.numel() for name, each in checkpoint(one, 2).items() if name.startswith("optimizer/exp_avg"))
     for rank in (0, 1):
         held = int((tmp_path / "2" / f"state-{rank}.txt").read_text())
@@ -165,6 +170,7 @@ def test_what_processes_in_step_cannot_do_is_refused(tiny_folder: Path) -> None:
     for changes, expected in (
         ({"batch": {"trajectories": 6, "micro": 2}}, "a multiple of 4, or start without DeepSpeed"),
         ({"optimizer": {"name": "adamw8bit"}, "batch": batch}, "adamw8bit cannot be had with DeepSpeed"),
+        ({"model": {"path": str(tiny_folder), "channels_last": True}, "batch": batch}, "channels_last cannot be had"),
         ({"optimizer": {"grad_clip": 1.0}, "batch": batch}, "says gradient_clipping 0.5, and the run file"),
     ):
         with pytest.raises(UserError, match=expected):
