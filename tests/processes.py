@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from tiny_run import tailorpo
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tailorpo import _distributed
+from tailorpo import _distributed, _zero
 from tailorpo import train as loop
 from tailorpo._distributed import Processes, open_processes
+from tailorpo.errors import DivergedError
+from tailorpo.optimizer import Learner
 from tailorpo.progress import Silent
 from tailorpo.run import Run
 from tailorpo.rundir import RunDirectory
@@ -138,6 +141,34 @@ def training(data: dict[str, Any], path: Path) -> int:
     return 0
 
 
+def going_on(run: Run, path: Path) -> int:
+    """The rest of a training, with one process or many."""
+    without_compiler()
+    with open_processes() as processes:
+        train(run, RunDirectory(path), reporter=Silent(), processes=processes)
+    return 0
+
+
+def diverging(data: dict[str, Any], path: Path) -> int:
+    """A step of a divided optimizer with a loss of 0 whose gradient is too large in process 1 alone."""
+    without_compiler()
+    run = Run.from_dict(data)
+    with open_processes() as processes:
+        model = run.model.load(torch.device("cpu"), seed=0)
+        learner = Learner(model.trainable(), run.optimizer, processes)
+        before = learner.tensors()
+        total = torch.stack([each.sum() for each in learner.parameters.values()]).sum()
+        learner.backward((total - total.detach()) * (3e38 if processes.rank else 1.0))
+        try:
+            learner.step()
+        except DivergedError as error:
+            after = learner.tensors()
+            same = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+            said = str(error).removeprefix("training has diverged: ")
+            sys.stdout.write(f"{'left as they were' if same else 'moved'}: {said}\n")
+    return 0
+
+
 # What is recorded or broken in them.
 
 
@@ -176,6 +207,38 @@ def record_shards() -> None:
         save(session, update)
 
     loop.save = saving
+
+
+def without_compiler() -> None:
+    """Where deepspeed is used, it does not compile the exchange within one machine's memory, which takes a minute; it
+    exchanges by gloo."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") and os.environ["WORLD_SIZE"] != "1":
+        deepspeed: Any = import_module("deepspeed")
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def record_state() -> None:
+    """At every checkpoint, how many numbers of the optimizer's moments this process holds."""
+    without_compiler()
+    _zero.BUCKET = 1 << 14  # more than one exchange for a whole tiny network, and parameters that fill more than one
+    folder, rank, save = Path(os.environ["RECORDS"]), os.environ["RANK"], loop.save
+
+    def saving(session: Session, update: int) -> None:
+        states = session.learner._adamw.state.values()
+        held = sum(
+            each.untyped_storage().nbytes() // 4 for state in states for each in state.values() if each.numel() > 1
+        )
+        (folder / f"state-{rank}.txt").write_text(str(held))
+        save(session, update)
+
+    loop.save = saving
+
+
+def without_sums() -> None:
+    """deepspeed keeps each process's own gradient, as if it forgot to add up."""
+    without_compiler()
+    stage: Any = import_module("deepspeed.runtime.zero.stage_1_and_2")
+    stage.DeepSpeedZeroOptimizer.average_tensor = lambda self, tensor, dtype: None
 
 
 def without_reduction() -> None:

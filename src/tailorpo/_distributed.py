@@ -11,8 +11,8 @@ by number, so what is drawn does not depend on who draws it.
 
 The network is not wrapped: the reduction is one visible call (docs/decisions/0007-gradients-are-reduced-explicitly.md).
 Where accelerate is configured with FSDP2 the network is cut into shards besides (`_sharding`), and what is trained in
-shards has its gradients added up by torch. Left out, and refused: DeepSpeed and Megatron, which take over the model or
-the optimizer (docs/decisions/0008-fsdp2-shards-the-network.md).
+shards has its gradients added up by torch. Where it is configured with DeepSpeed's ZeRO-2 the optimizer is divided
+(`_zero`; docs/decisions/0008-fsdp2-shards-the-network.md). Left out, and refused: Megatron, which takes over the model.
 
 Between the processes of one run objects travel as pickles, as accelerate sends them; nothing from outside does.
 """
@@ -34,6 +34,7 @@ from tailorpo.errors import ProcessError, TailorpoError, UserError
 
 if TYPE_CHECKING:
     from tailorpo._sharding import Sharding
+    from tailorpo._zero import Zero
 
 DEVICE, TIMEOUT = "TAILORPO_DEVICE", "TAILORPO_TIMEOUT"
 DEFAULT_TIMEOUT = 600
@@ -57,6 +58,13 @@ class Processes:
     count: int = 1
     sharding: Sharding | None = None
     """How networks are cut into shards; None where every process holds them whole."""
+    zero: Zero | None = None
+    """How the optimizer's state is divided; None where every process holds all of it."""
+
+    @property
+    def in_step(self) -> bool:
+        """Whether all processes have to make the same backwards, because these add up gradients among them."""
+        return self.sharding is not None or self.zero is not None
 
     @property
     def main(self) -> bool:
@@ -117,7 +125,7 @@ class Processes:
 
     @contextmanager
     def computing(self) -> Generator[None]:
-        """Around network calls: where they gather shards, the end of another process shows there first.
+        """Around network calls: where they exchange something, the end of another process shows there first.
 
         Raises:
             ProcessError: another process is gone.
@@ -127,14 +135,15 @@ class Processes:
         except RuntimeError as error:
             # gloo's errors have no class of their own.
             of_others = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-            if self.sharding is None or not of_others:
+            if not self.in_step or not of_others:
                 raise
             raise _gone(error) from error
 
     def reduce_gradients(self, parameters: Sequence[nn.Parameter], loss: float) -> float:
         """Replace every gradient by its sum over the processes, and return that of the loss.
 
-        Parameters in shards are left alone: the backward has added up their gradients. For the others float32 buffers
+        Parameters in shards are left alone, and those of a divided optimizer have no gradient here: the backward has
+        added it up. For the others float32 buffers
         make the way, an adapter's gradients in one. Ahead of them go the loss and how many processes have a gradient of
         each parameter; where none has, it stays None and the optimizer leaves the parameter alone.
 
@@ -176,17 +185,20 @@ def open_processes() -> Generator[Processes]:
     Raises:
         UserError: accelerate is configured for something that is not supported, or the processes cannot be connected.
     """
-    for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+    for name in ("MEGATRON_LM", "PARALLELISM_CONFIG"):
         if _flag(f"ACCELERATE_USE_{name}"):
             raise UserError(
-                f"accelerate is configured with {name}, which tailorpo does not support. Choose multi-GPU in"
-                " `accelerate config`, where every process holds the whole model, or FSDP version 2, where it holds a"
-                " part of the model, of the gradients and of the optimizer's state"
+                f"accelerate is configured with {name}, which tailorpo does not support. Choose in `accelerate config`"
+                " multi-GPU, where every process holds all, FSDP version 2, where it holds a part of the model, of the"
+                " gradients and of the optimizer's state, or DeepSpeed's ZeRO stage 2, a part of the last two"
             )
+    zero = _zero() if _flag("ACCELERATE_USE_DEEPSPEED") else None
     sharding = _sharding() if _flag("ACCELERATE_USE_FSDP") else None
     if launched() == 1:
         yield ALONE
         return
+    if zero is not None and (missing := zero.missing()):
+        raise UserError(missing)
     from accelerate import PartialState
 
     try:
@@ -194,7 +206,7 @@ def open_processes() -> Generator[Processes]:
         state: Any = PartialState(cpu=pick_device().type == "cpu", timeout=timedelta(seconds=seconds))
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the {launched()} processes cannot be connected: {error}") from error
-    yield Processes(int(state.process_index), int(state.num_processes), sharding)
+    yield Processes(int(state.process_index), int(state.num_processes), sharding, zero)
     # Not after an error: others may wait for this process, and learn from its end that it will not come.
     state.destroy_process_group()
 
@@ -350,6 +362,19 @@ def _sharding() -> Sharding:
         return policy or (lambda module: False)
 
     return Sharding(blocks, bool(plugin.reshard_after_forward))
+
+
+def _zero() -> Zero:
+    """What accelerate's configuration says of DeepSpeed; raises a UserError where tailorpo does not do that."""
+    from accelerate.utils import DeepSpeedPlugin
+
+    from tailorpo._zero import Zero
+
+    try:
+        plugin: Any = DeepSpeedPlugin()
+    except (OSError, ValueError) as error:
+        raise UserError(f"accelerate's DeepSpeed configuration cannot be read: {error}") from error
+    return Zero.read(plugin.deepspeed_config)
 
 
 class AccelerateTrackers:

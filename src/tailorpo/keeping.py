@@ -61,7 +61,7 @@ def _write(session: Session, folder: Path, update: int) -> dict[str, Tensor]:
     if session.watch is not None:
         state["sentinels"] = session.watch.state
     tensors: dict[str, Tensor] = {}
-    if session.processes.main or session.processes.sharding is not None:
+    if session.processes.main or session.processes.in_step:
         with session.processes.computing():
             tensors = session.learner.tensors(keep=session.processes.main)
     if session.processes.main:

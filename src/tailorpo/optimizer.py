@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -21,6 +21,9 @@ from tailorpo import eight_bit
 from tailorpo._distributed import ALONE, Processes
 from tailorpo.errors import CheckpointError, DivergedError
 from tailorpo.settings import check_fields
+
+if TYPE_CHECKING:
+    from tailorpo._zero import Divided
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -80,13 +83,18 @@ class Learner:
         self.config = config
         self.steps = 0
         self._adamw = config.make(list(self.parameters.values()))
+        trained, zero = list(self.parameters.values()), processes.zero
+        self._divided = None if zero is None else zero.divide(trained, self._adamw, config.grad_clip)
         self._parts: list[Tensor] = []
         self._losses: list[float] = []
         self._norms: list[float] = []
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a scalar loss."""
-        loss.backward()
+        if self._divided is None:
+            loss.backward()
+        else:
+            self._divided.backward(loss)
         self._parts.append(loss.detach())  # read in `step`: to read it here would wait for the device
 
     def step(self) -> None:
@@ -96,11 +104,16 @@ class Learner:
             DivergedError: the loss or the gradient is not finite; the parameters are left as they were.
             ProcessError: another process is gone.
         """
-        from tailorpo._sharding import whole
-
         own = sum((float(part) for part in self._parts), 0.0)
         self._parts = []
         loss = self.processes.reduce_gradients(list(self.parameters.values()), own)
+        norm = self._step(loss) if self._divided is None else self._step_divided(self._divided, loss)
+        self._losses.append(loss)
+        self._norms.append(norm)
+
+    def _step(self, loss: float) -> float:
+        from tailorpo._sharding import whole
+
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         clip = self.config.grad_clip or math.inf
         norm = float(whole(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), clip)))
@@ -111,8 +124,17 @@ class Learner:
             group["lr"] = self.lr
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
-        self._losses.append(loss)
-        self._norms.append(norm)
+        return norm
+
+    def _step_divided(self, divided: Divided, loss: float) -> float:
+        if not math.isfinite(loss):
+            raise DivergedError(_diverged(loss, math.nan))
+        self.steps += 1
+        norm = divided.step(self.lr)
+        if not math.isfinite(norm):
+            self.steps -= 1
+            raise DivergedError(_diverged(loss, norm))
+        return norm
 
     @property
     def lr(self) -> float:
@@ -130,21 +152,26 @@ class Learner:
         """Parameters and optimizer state under names that do not change, whole, on the CPU.
 
         Args:
-            keep: whether the caller wants them. Where parameters are in shards all processes have to call this
-                together, and usually one alone has a use for the result.
+            keep: whether the caller wants them. Where parameters or the state are in parts all processes have to call
+                this together, and usually one alone has a use for the result.
         """
         from tailorpo._sharding import whole
 
         state: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             found = {f"parameter/{name}": parameter.detach()}
-            moments = eight_bit.saved(self._adamw.state.get(parameter, {}))
+            moments = self._state(parameter)
             found |= {f"optimizer/{key}/{name}": torch.as_tensor(value) for key, value in moments.items()}
             for key, value in found.items():
                 gathered = whole(value.detach())
                 if keep:
                     state[key] = gathered.cpu().contiguous()
         return state
+
+    def _state(self, parameter: nn.Parameter) -> Mapping[str, Any]:
+        if self._divided is None:
+            return eight_bit.saved(self._adamw.state.get(parameter, {}))
+        return self._divided.state(parameter) if self.steps else {}
 
     def load_tensors(self, tensors: Mapping[str, Tensor], *, steps: int) -> None:
         """Take over what `tensors` of an equal run returned after `steps` optimizer steps.
@@ -161,7 +188,6 @@ class Learner:
             raise CheckpointError(
                 "the checkpoint holds other parameters than this run trains; the model section was changed"
             )
-        self._adamw.state.clear()
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(cut_like(tensors[f"parameter/{name}"], parameter))
@@ -171,6 +197,11 @@ class Learner:
             if kind == "optimizer":
                 key, _, name = rest.partition("/")
                 state.setdefault(name, {})[key] = value
+        self.steps = steps
+        if self._divided is not None:
+            self._divided.load(self.parameters, state)
+            return
+        self._adamw.state.clear()
         for index, (name, parameter) in enumerate(self.parameters.items()):
             if name in state and self.config.name == "adamw8bit":
                 eight_bit.restore(self._adamw, index, state[name])
@@ -178,7 +209,6 @@ class Learner:
                 for key, value in state[name].items():
                     placed = value.clone() if key == "step" else cut_like(value.clone(), parameter)
                     self._adamw.state[parameter][key] = placed
-        self.steps = steps
 
 
 def _diverged(loss: float, norm: float) -> str:

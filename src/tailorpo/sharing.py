@@ -22,33 +22,40 @@ def check_shares(run: Run, processes: Processes) -> None:
             f" {trajectories} by batch.micro {micro}. Start fewer processes, take more trajectories, or a smaller"
             f" batch.micro (at most {max(trajectories // processes.count, 1)})"
         )
-    if processes.sharding is None:
+    if not processes.in_step:
         return
+    way = "FSDP" if processes.zero is None else "DeepSpeed"
     if batches % processes.count:
         raise UserError(
-            f"with FSDP every process has to make the same network calls, and {processes.count} processes cannot share"
+            f"with {way} every process has to make the same network calls, and {processes.count} processes cannot share"
             f" {batches} batches (batch.trajectories {trajectories} by batch.micro {micro}) equally: make"
-            f" batch.trajectories a multiple of {processes.count * micro}, or start without FSDP"
+            f" batch.trajectories a multiple of {processes.count * micro}, or start without {way}"
         )
-    method = run.algorithm
+    method, cut = run.algorithm, processes.sharding is not None
     lonely = [
         name
         for name, there in (
             ("sentinels", run.sentinels is not None),
             ("optimizer.name: adamw8bit", run.optimizer.name == "adamw8bit"),
-            ("algorithm.kl_target", isinstance(method, TailorPO) and method.kl_target is not None),
-            ("algorithm.reference", isinstance(method, TailorPO) and method.reference != "base"),
+            ("model.channels_last", not cut and run.model.channels_last),
+            ("algorithm.kl_target", cut and isinstance(method, TailorPO) and method.kl_target is not None),
+            ("algorithm.reference", cut and isinstance(method, TailorPO) and method.reference != "base"),
         )
         if there
     ]
     if lonely:
         raise UserError(
-            f"with FSDP every process has to make the same network calls on parameters in shards, which"
-            f" {' and '.join(lonely)} cannot yet; leave {'them' if len(lonely) > 1 else 'it'} out, or start without"
-            " FSDP"
+            f"{' and '.join(lonely)} cannot be had with {way} yet, where processes work in step on what each has a part"
+            f" of; leave {'them' if len(lonely) > 1 else 'it'} out, or start without {way}"
         )
     if isinstance(run.algorithm, RewardBackprop) and run.algorithm.truncation == "random":
         raise UserError(
-            "with FSDP every process has to make the same network calls, and algorithm.truncation: random makes"
-            " gradients of different depth; say fixed, or start without FSDP"
+            f"with {way} every process has to make the same network calls, and algorithm.truncation: random makes"
+            f" gradients of different depth; say fixed, or start without {way}"
+        )
+    named, clip = None if processes.zero is None else processes.zero.clipping, run.optimizer.grad_clip
+    if named is not None and named != (clip or 0.0):
+        raise UserError(
+            f"accelerate's DeepSpeed configuration says gradient_clipping {named}, and the run file optimizer.grad_clip"
+            f" {clip}: say auto there, or the same number"
         )

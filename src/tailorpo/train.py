@@ -291,14 +291,14 @@ class Session:
             for start in range(0, len(shuffled), algorithm.accumulate):
                 group = shuffled[start : start + algorithm.accumulate]
                 own = [stored[at].rows(torch.tensor(rows)) for at, rows in group if 0 <= at < len(stored)]
-                if self.processes.sharding is not None:
+                if self.processes.in_step:
                     most = max(Counter(owners[before + at] for at, _ in group).values())
                     self._keep_pace(most - len(own))
                 yield own, len(group)
 
     def _keep_pace(self, calls: int) -> None:
         """Forwards and backwards that count for nothing, while other processes have minibatches and this one has none:
-        theirs gather the shards that this one holds."""
+        theirs exchange something with this one."""
         model = self.policy.model
         x = torch.zeros(1, *model.latent_shape, device=model.device)
         for _ in range(calls):
