@@ -192,6 +192,8 @@ def open_processes() -> Generator[Processes]:
                 " multi-GPU, where every process holds all, FSDP version 2, where it holds a part of the model, of the"
                 " gradients and of the optimizer's state, or DeepSpeed's ZeRO stage 2, a part of the last two"
             )
+    if _flag("ACCELERATE_USE_DEEPSPEED") and _flag("ACCELERATE_USE_FSDP"):
+        raise UserError("accelerate is configured with DeepSpeed and with FSDP; choose one of them")
     zero = _zero() if _flag("ACCELERATE_USE_DEEPSPEED") else None
     sharding = _sharding() if _flag("ACCELERATE_USE_FSDP") else None
     if launched() == 1:

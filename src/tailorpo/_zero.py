@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,15 +65,23 @@ class Zero:
         Raises:
             UserError: it asks for something that tailorpo does not do; says all of it at once.
         """
-        zero = {name: value for name, value in config["zero_optimization"].items() if value != "auto"}
         problems: list[str] = []
+        section = config.get("zero_optimization")
+        if not isinstance(section, Mapping):
+            raise UserError(
+                f"accelerate's DeepSpeed configuration: zero_optimization has to be a mapping, got {section!r}"
+            )
+        zero = {name: value for name, value in cast(dict[str, Any], section).items() if value != "auto"}
         if zero.pop("stage", 0) != 2:
             problems.append("zero_optimization.stage has to be 2 (`accelerate launch --zero_stage 2`)")
-        problems += [
-            f"zero_optimization.{name}.device has to be none; offloading has not been tried here"
-            for name in ("offload_optimizer", "offload_param")
-            if (zero.pop(name, None) or {}).get("device", "none") not in ("none", None)
-        ]
+        for name in ("offload_optimizer", "offload_param"):
+            asked: Any = zero.pop(name, None) or {}
+            device = cast(dict[str, Any], asked).get("device", "none") if isinstance(asked, dict) else asked
+            if device not in ("none", None):
+                problems.append(f"zero_optimization.{name}.device has to be none; offloading has not been tried here")
+        clipping = config.get("gradient_clipping", "auto")
+        if clipping != "auto" and not (isinstance(clipping, int | float) and clipping >= 0):
+            problems.append(f"gradient_clipping has to be auto or a number, got {clipping!r}")
         unknown = [
             f"zero_optimization.{name}" for name in zero if name not in _HONOURED and not name.startswith("stage3")
         ]
@@ -92,7 +100,6 @@ class Zero:
             problems.append(f"{', '.join(unknown)}: not known to tailorpo; leave out what is not needed")
         if problems:
             raise UserError("\n  - ".join(["accelerate's DeepSpeed configuration cannot be used:", *problems]))
-        clipping = config.get("gradient_clipping", "auto")
         settings = {name: zero[name] for name in _HONOURED if name in zero}
         return Zero(settings, None if clipping == "auto" else float(clipping))
 

@@ -63,3 +63,22 @@ def atomic_write(path: Path, data: bytes | str) -> None:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
+
+
+def remove_remains(folder: Path) -> None:
+    """Delete what `atomic_write` left half written anywhere in a folder, in processes that were killed."""
+    for file in folder.rglob(".*.tmp"):
+        process = file.suffixes[-2].removeprefix(".") if len(file.suffixes) > 1 else ""
+        if file.is_file() and process.isdecimal() and not _lives(int(process)):
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

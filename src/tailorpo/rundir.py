@@ -20,6 +20,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from tailorpo.errors import CheckpointError, UserError
-from tailorpo.files import atomic_write, storage_errors
+from tailorpo.files import atomic_write, remove_remains, storage_errors
 from tailorpo.run import Run
 
 RUN, METRICS, LOCK = "run.yaml", "metrics.jsonl", ".lock"
@@ -125,9 +126,17 @@ class RunDirectory:
                 raise UserError(f"{self.path} is in use by another process (its id is {owner})") from error
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+            self._remove_remains()
             yield
         finally:
             os.close(handle)
+
+    def _remove_remains(self) -> None:
+        """Delete what killed processes left half written; nobody else writes an export while the lock is held."""
+        remove_remains(self.path)
+        for kind in (self.lora.name, self.unet.name):
+            for folder in self.path.glob(f".{kind}-*"):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Add one line and force it to the disk, so that a checkpoint never is ahead of its metrics.

@@ -162,6 +162,12 @@ def test_what_a_configuration_says_is_honoured_or_refused_all_at_once() -> None:
         "zero_optimization.round_robin_gradients, zenflow: not known",
     ):
         assert part in message
+    with pytest.raises(UserError, match="gradient_clipping has to be auto or a number, got 'one'"):
+        zero(gradient_clipping="one")
+    with pytest.raises(UserError, match="offload_optimizer"):
+        zero(zero_optimization={"offload_optimizer": "cpu"})
+    with pytest.raises(UserError, match="zero_optimization has to be a mapping, got True"):
+        Zero.read({"zero_optimization": True})
 
 
 def test_what_processes_in_step_cannot_do_is_refused(tiny_folder: Path) -> None:

@@ -370,4 +370,6 @@ def test_no_reward_needs_torchvision(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     names = ("Aesthetic", "ClipPreference", "PickScore", "ClipScore", "ImageReward", "HPSv2")
-    assert result.stdout.splitlines() == [f"{name} True" for name in names]
+    # transformers imports deepspeed where it is installed, which logs to stdout with a date in brackets.
+    said = [line for line in result.stdout.splitlines() if not line.startswith("[")]
+    assert said == [f"{name} True" for name in names]

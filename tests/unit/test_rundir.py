@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,3 +108,23 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 def test_other_errors_of_the_system_are_not_hidden(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         atomic_write(tmp_path / "none" / "file", "text")
+
+
+def test_remains_of_killed_processes_are_removed_by_the_next_and_those_of_living_ones_are_not(
+    tmp_path: Path, run: Run
+) -> None:
+    directory = RunDirectory.create(tmp_path / "run", run)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    directory.lora.mkdir()
+    torn = [directory.path / f".run.yaml.{dead.pid}.tmp", directory.lora / f".x.safetensors.{dead.pid}.tmp"]
+    living = directory.path / f".report.html.{os.getpid()}.tmp"
+    for file in (*torn, living):
+        file.write_text("{")
+    half = directory.path / ".lora-abc"
+    half.mkdir()
+    (half / "x").write_text("")
+    with directory.lock():
+        assert not any(file.exists() for file in (*torn, half))
+        assert living.exists()
+        assert directory.run == run
