@@ -5,13 +5,15 @@ What a test records or breaks in them is named by a function of this module that
 
 from __future__ import annotations
 
+import json
+import math
 import multiprocessing
 import os
 import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_run import tailorpo
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -167,6 +169,21 @@ def diverging(data: dict[str, Any], path: Path) -> int:
             said = str(error).removeprefix("training has diverged: ")
             sys.stdout.write(f"{'left as they were' if same else 'moved'}: {said}\n")
     return 0
+
+
+# What they left, read by the tests.
+
+
+def checkpoint(run: Path, update: int) -> dict[str, Tensor]:
+    return load_file(run / "checkpoints" / f"update-{update:06d}" / "tensors.safetensors")
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def norm(tensors: Iterable[Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
 
 
 # What is recorded or broken in them.

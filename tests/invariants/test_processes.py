@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import processes as many
 import pytest
 import torch
+from processes import norm
 from safetensors.torch import load_file
 from tiny_run import settings, tailorpo, write_recipe
 from torch import Tensor
@@ -68,10 +67,6 @@ def flat(data: Any, name: str = "") -> dict[str, Any]:
     if isinstance(data, list):
         return {key: value for at, item in enumerate(data) for key, value in flat(item, f"{name}[{at}]").items()}
     return {name: data}
-
-
-def norm(tensors: Iterable[Tensor]) -> float:
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
 
 
 # Four batches for three processes are shares of 1, 1 and 2.

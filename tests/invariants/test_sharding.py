@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import processes as many
 import pytest
 import torch
+from processes import checkpoint, metrics, norm
 from safetensors.torch import load_file
 from tiny_run import settings, write_recipe
 
@@ -32,18 +30,6 @@ SHARED: dict[str, Any] = {
     "optimizer": {"lr": 1e-2, "eps": 1e-2, "weight_decay": 0.0},
 }
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-
-
-def checkpoint(run: Path, update: int) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / f"update-{update:06d}" / "tensors.safetensors")
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def norm(tensors: Iterable[torch.Tensor]) -> float:
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
 
 
 @pytest.mark.parametrize(("method", "full"), [("guided", False), ("buffered", True)])

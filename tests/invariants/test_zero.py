@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import processes as many
 import pytest
 import torch
-from safetensors.torch import load_file
+from processes import checkpoint, metrics, norm
 from tiny_run import refused, settings, write_recipe
 
 from tailorpo._distributed import Processes
@@ -52,18 +50,6 @@ def train(count: int, folder: Path, data: dict[str, Any], prepare: Any = many.re
     ended = many.run(count, folder, many.training, data, folder / "run", prepare=prepare, environment=environment)
     assert [each.exit_code for each in ended] == [0] * count, ended
     return folder / "run"
-
-
-def checkpoint(run: Path, update: int) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / f"update-{update:06d}" / "tensors.safetensors")
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def norm(tensors: Iterable[torch.Tensor]) -> float:
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
 
 
 def apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], kind: str) -> float:
