@@ -12,7 +12,8 @@ The networks have random weights (nothing is downloaded): the miniature with its
                    the same without the pictures' ends (`finish: false`)     28 F +  5 B, 10 pictures scored
         naive      a bare loop: a forward per candidate, policy, reference   50 F + 10 B, 11 pictures scored
         d3po       a bare loop in the official schedule                     120 F + 40 B,  2 pictures scored
-    The bare loops make model calls and nothing else (no noise, loss, metrics or optimizer), which favours them.
+    The bare loops make model calls and nothing else (no noise, loss, metrics or optimizer), which favours them. The KL
+    of untrained steps is not measured (`kl_measured: 0`; at its default of one trajectory 15 F an update more).
 (d), (e) peak memory against the plan's, where torch accounts for it (CUDA): one update of TailorPO and TailorPO-G on
     SD 1.5; the plan's phases on SDXL at 1024 x 1024
 
@@ -73,7 +74,7 @@ def recipe(device: torch.device, *, micro: int, architecture: str = "sd15", **al
                 "lora": {"rank": 4} if gpu else {"rank": 8, "targets": "attention+conv"},
             },
             "sampler": {"steps": STEPS, "guidance_scale": 5.0},
-            "algorithm": {"name": "tailorpo", "train_steps": TRAINED, **algorithm},
+            "algorithm": {"name": "tailorpo", "train_steps": TRAINED, "kl_measured": 0, **algorithm},
             "reward": aesthetic if gpu else {"name": "emoji_preference"},
             "prompts": {"list": PROMPTS},
             "batch": {"trajectories": micro, "micro": micro},
