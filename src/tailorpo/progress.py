@@ -57,7 +57,7 @@ class Silent:
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        """Nothing: there is nothing to close."""
 
     def phase(self, text: str) -> None:
         """Nothing."""
@@ -82,7 +82,7 @@ class Plain:
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        """Nothing: there is nothing to close."""
 
     def phase(self, text: str) -> None:
         """What begins now."""

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from tailorpo._distributed import pick_device
+from tailorpo.algorithms.tailorpo import TailorPO
 from tailorpo.evaluate import SIDES, evaluate
 from tailorpo.experiments.alarms import looks_of
 from tailorpo.experiments.grid import Plan, settings_of
@@ -140,7 +141,8 @@ def _curve(directory: RunDirectory) -> list[dict[str, Any]]:
 
 def _description(plan: Plan, directory: RunDirectory) -> dict[str, Any]:
     rows = directory.metrics()
-    target = getattr(plan.run.algorithm, "kl_target", None)
+    method = plan.run.algorithm
+    target = method.kl_target if isinstance(method, TailorPO) else None
     return {
         "id": plan.cell.id,
         "variant": plan.cell.variant.name,
