@@ -45,13 +45,14 @@ class Call:
     """One raw call of a model: what went in (of a reward: pictures, prompts, the reward), and how it was used.
 
     `gradient` is None for a call without a backward, "weights" for the backward of a loss, "input" for a gradient with
-    respect to what went in; `reference` says that the adapter was off.
+    respect to what went in; `reference` says that the adapter was off, `draft` that the tiny decoder decoded.
     """
 
     kind: Literal["unet", "decode", "reward"]
     inputs: tuple[Any, ...]
     gradient: Literal["weights", "input"] | None = None
     reference: bool = False
+    draft: bool = False
 
     @property
     def items(self) -> int:
@@ -138,11 +139,13 @@ def observe_model(run: Run, folder: Path, model: Any, members: Sequence[tuple[Re
         call.reference = any(adapter.disable_adapters for adapter in adapters)
         watch.note(call, output[0], sample)
 
-    def decoder(_: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-        watch.note(Call("decode", (args[0].detach(),)), output, args[0])
+    def decoder(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        watch.note(Call("decode", (args[0].detach(),), draft=module is not model.vae.decoder), output, args[0])
 
     model.unet.register_forward_hook(unet, with_kwargs=True)
-    model.vae.decoder.register_forward_hook(decoder)
+    for vae in (model.vae, model.tiny_vae):
+        if vae is not None:
+            vae.decoder.register_forward_hook(decoder)
     return Observed(session, directory, watch)
 
 

@@ -36,7 +36,8 @@ def replay(observed: Observed, call: Call) -> None:
         if call.kind == "unet":
             outputs = [model.unet(leaf, rest[0], encoder_hidden_states=rest[1], return_dict=False)[0]]
         elif call.kind == "decode":
-            outputs = [model.vae.decode(leaf, return_dict=False)[0]]
+            vae = model.tiny_vae if call.draft else model.vae
+            outputs = [vae.decode(leaf, return_dict=False)[0]]
         else:
             outputs = [rest[1](leaf, rest[0])]
     if call.gradient is not None:

@@ -12,10 +12,12 @@ The networks have random weights (nothing is downloaded): the miniature with its
                    the same without the pictures' ends (`finish: false`)     28 F +  5 B, 10 pictures scored
         naive      a bare loop: a forward per candidate, policy, reference   50 F + 10 B, 11 pictures scored
         d3po       a bare loop in the official schedule                     120 F + 40 B,  2 pictures scored
-    The bare loops make model calls and nothing else (no noise, loss, metrics or optimizer), which favours them. The KL
-    of untrained steps is not measured (`kl_measured: 0`; at its default of one trajectory 15 F an update more).
+    once with the tiny decoder (`model.tiny_vae`) for the pictures on the way, once with the full one for all, in every
+    schedule alike. The bare loops make model calls and nothing else (no noise, loss, metrics or optimizer), which
+    favours them. The KL of untrained steps is not measured (`kl_measured: 0`; at its default of one trajectory 15 F an
+    update more).
 (d), (e) peak memory against the plan's, where torch accounts for it (CUDA): one update of TailorPO and TailorPO-G on
-    SD 1.5; the plan's phases on SDXL at 1024 x 1024
+    SD 1.5; the plan's phases on SDXL at 1024 x 1024; all with and without gradient checkpointing
 
 Variants take turns within a run, medians of ratios; times are CPU seconds of this process without a GPU, so that other
 processes disturb least.
@@ -45,6 +47,8 @@ from tailorpo.run import Run
 
 STEPS, TRAINED = 20, 5
 PROMPTS = ["a cat", "a dog"]
+GOALS = {("sd15", False): 8, ("sd15", True): 12, ("sdxl", False): 24, ("sdxl", True): 24}
+"""Peak memory in GiB by architecture and whether it is guided."""
 SIGMA = {"form": "sigma", "k": 1.0}
 
 
@@ -61,7 +65,15 @@ class RandomReward:
         return self._score(images)
 
 
-def recipe(device: torch.device, *, micro: int, architecture: str = "sd15", **algorithm: Any) -> Run:
+def recipe(
+    device: torch.device,
+    *,
+    micro: int,
+    architecture: str = "sd15",
+    tiny: bool = False,
+    checkpointing: bool = False,
+    **algorithm: Any,
+) -> Run:
     """TailorPO on the network of the device."""
     gpu = device.type == "cuda"
     aesthetic = {"name": "aesthetic", "path": "random"}
@@ -72,6 +84,8 @@ def recipe(device: torch.device, *, micro: int, architecture: str = "sd15", **al
                 "path": architecture if gpu else "emoji",
                 "dtype": "bfloat16" if gpu else "float32",
                 "lora": {"rank": 4} if gpu else {"rank": 8, "targets": "attention+conv"},
+                "tiny_vae": None if not tiny else "taesd" if gpu else "emoji",
+                "gradient_checkpointing": checkpointing,
             },
             "sampler": {"steps": STEPS, "guidance_scale": 5.0},
             "algorithm": {"name": "tailorpo", "train_steps": TRAINED, "kl_measured": 0, **algorithm},
@@ -108,9 +122,10 @@ class BareLoops:
             return self.model.predict(self.calls.latents(rows), 500, cond, guidance_scale=self.guidance_scale)
 
     @torch.no_grad()
-    def score(self, rows: int) -> None:
+    def score(self, rows: int, *, draft: bool = False) -> None:
         """Pictures decoded and scored."""
-        images = self.model.decode(self.calls.latents(rows))
+        decode = self.model.decode_draft if draft else self.model.decode
+        images = decode(self.calls.latents(rows))
         for reward in self.calls.rewards:
             assert reward.score is not None
             reward.score(images)
@@ -123,7 +138,7 @@ class BareLoops:
             if k % (STEPS // TRAINED) == 2:
                 self.network(2 * rows)
                 if scored:
-                    self.score(2 * rows)
+                    self.score(2 * rows, draft=True)
                 winner, loser = self.network(rows, graph=True), self.network(rows, graph=True)
                 self.network(rows, reference=True)
                 self.network(rows, reference=True)
@@ -144,8 +159,8 @@ class BareLoops:
             self.network(rows, reference=True)
             (first.sum() - second.sum()).backward()
 
-    def minimal(self, *, scored: bool = True) -> None:
-        """The calls of TailorPO's inline update, bare: 20 F, of which 5 with a graph, 5 F for siblings, 5 F, 5 B."""
+    def minimal(self) -> None:
+        """TailorPO's network calls of an inline update: 20 F, of which 5 with a graph, 5 F for siblings, 5 F, 5 B."""
         rows = self.rows
         known = False
         for k in range(STEPS):
@@ -154,13 +169,9 @@ class BareLoops:
             known = trained
             if trained:
                 self.network(2 * rows)
-                if scored:
-                    self.score(2 * rows)
                 self.network(rows, reference=True)
                 assert output is not None
                 output.sum().backward()
-        if scored:
-            self.score(rows)
 
 
 def clock(device: torch.device) -> float:
@@ -211,16 +222,17 @@ def build(run: Run, device: torch.device | str) -> Parts:
     return Parts.build(run, device, architecture=None if path == "emoji" else path, measure=False)
 
 
-def speed(device: torch.device, *, micro: int, repeats: int) -> dict[str, Any]:
+def speed(device: torch.device, *, micro: int, repeats: int, tiny: bool) -> dict[str, Any]:
     """(b) and (c)"""
-    run = recipe(device, micro=micro)
+    run = recipe(device, micro=micro, tiny=tiny)
     parts = build(run, device)
     loops = BareLoops(parts.calls, micro)
     seconds: dict[str, list[float]] = {}
     overheads: list[float] = []
     with TemporaryDirectory() as folder:
         observed = session(run, parts, Path(folder) / "run")
-        cut = recipe(device, micro=micro, train_steps={"first": 4, "last": 16, "count": TRAINED}, finish=False)
+        steps = {"first": 4, "last": 16, "count": TRAINED}
+        cut = recipe(device, micro=micro, tiny=tiny, train_steps=steps, finish=False)
         shorter = session(cut, parts, Path(folder) / "cut")
         shorter.watch.on = False
         shorter.session.update(50)
@@ -241,7 +253,7 @@ def speed(device: torch.device, *, micro: int, repeats: int) -> dict[str, Any]:
                 "tailorpo, no ends": timed(lambda number=51 + repeat: shorter.session.update(number), device),
                 "naive": timed(loops.naive, device),
                 "d3po": timed(loops.d3po, device),
-                "tailorpo, bare, network only": timed(lambda: loops.minimal(scored=False), device),
+                "tailorpo, bare, network only": timed(loops.minimal, device),
                 "naive, network only": timed(lambda: loops.naive(scored=False), device),
                 "d3po, network only": timed(lambda: loops.d3po(scored=False), device),
             }
@@ -269,13 +281,17 @@ def memory(device: torch.device) -> list[dict[str, Any]]:
     """(d) and (e), in bytes; measured on CUDA only."""
     cuda = torch.device("cuda")
     rows: list[dict[str, Any]] = []
-    for name, architecture, guidance in (
-        ("SD 1.5, 512, TailorPO", "sd15", None),
-        ("SD 1.5, 512, TailorPO-G", "sd15", SIGMA),
-        ("SDXL, 1024, TailorPO", "sdxl", None),
-        ("SDXL, 1024, TailorPO-G", "sdxl", SIGMA),
-    ):
-        run = recipe(cuda, micro=1, architecture=architecture, guidance=guidance)
+    kinds = [
+        (title, network, guided, checkpoint)
+        for title, network in (("SD 1.5, 512", "sd15"), ("SDXL, 1024", "sdxl"))
+        for guided in (False, True)
+        for checkpoint in (False, True)
+    ]
+    for title, architecture, guided, checkpointing in kinds:
+        name = f"{title}, TailorPO{'-G' if guided else ''}{', gradient checkpointing' if checkpointing else ''}"
+        goal = GOALS[architecture, guided]
+        guidance = SIGMA if guided else None
+        run = recipe(cuda, micro=1, architecture=architecture, checkpointing=checkpointing, guidance=guidance)
         planned = build(run, "meta")
         _, cost = trajectory_cost(run)
         training = phases(run, planned.calls, cost)["collect and train"]
@@ -296,13 +312,13 @@ def memory(device: torch.device) -> list[dict[str, Any]]:
                 phases(run, parts.calls, cost)["collect and train"]()
             measured = torch.cuda.max_memory_allocated()
             del parts
-        rows.append({"what": name, "predicted_bytes": predicted, "measured_bytes": measured})
+        rows.append({"what": name, "goal": goal, "predicted_bytes": predicted, "measured_bytes": measured})
     return rows
 
 
-def gigabytes(size: float | None) -> str:
+def gibibytes(size: float | None) -> str:
     """In words."""
-    return "not measured" if size is None else f"{size / 1e9:.1f} GB"
+    return "not measured" if size is None else f"{size / 2**30:.1f} GiB"
 
 
 def main() -> None:
@@ -316,8 +332,9 @@ def main() -> None:
     if device.type == "cpu":
         torch.set_num_threads(1)
     result: dict[str, Any] = {"micro": options.micro, "repeats": options.repeats}
-    result["speed"] = found = speed(device, micro=options.micro, repeats=options.repeats)
-    print(found, flush=True)
+    for name, tiny in (("speed", True), ("speed_full_decoder", False)):
+        result[name] = speed(device, micro=options.micro, repeats=options.repeats, tiny=tiny)
+        print(result[name], flush=True)
     run = recipe(device, micro=options.micro)
     result["utilisation"] = utilisation(build(run, device).calls, device, repeats=options.repeats)
     print(result["utilisation"], flush=True)
@@ -329,18 +346,22 @@ def main() -> None:
     def row(what: str, goal: str, value: object) -> None:
         lines.append(f"| {what} | {goal} | {value} | not measured |")
 
-    row("update / its raw model calls", "<= 1.05", found["update_over_raw_calls"])
-    row("samples per second over D3PO's official schedule", ">= 4", found["against_d3po"])
-    row("the same, without the pictures' ends", ">= 4", found["against_d3po_no_ends"])
-    row("the same, network calls only", "", found["against_d3po_network_only"])
-    row("samples per second over naive TailorPO", ">= 1.6", found["against_naive"])
-    row("the same, network calls only", "", found["against_naive_network_only"])
+    tiny, full = result["speed"], result["speed_full_decoder"]
+    row("update / its raw model calls", "<= 1.05", tiny["update_over_raw_calls"])
+    row("the same, full decoder", "<= 1.05", full["update_over_raw_calls"])
+    for key, what, goal in (("d3po", "D3PO's official schedule", ">= 4"), ("naive", "naive TailorPO", ">= 1.6")):
+        row(f"samples per second over {what}, tiny decoder", goal, tiny[f"against_{key}"])
+        row("the same, full decoder", "", full[f"against_{key}"])
+        row("the same, network calls only", "", full[f"against_{key}_network_only"])
+    row("over D3PO's, without the pictures' ends, tiny decoder", "", tiny["against_d3po_no_ends"])
+    row("the same, full decoder", "", full["against_d3po_no_ends"])
     for each in result["utilisation"]:
         row(f"UNet forward and backward / matrix product, batch {each['batch']:g}", "", each["share_of_matmul"])
-    lines += ["", "| peak memory, bfloat16, batch 1, ViT-L/14 reward | predicted | measured on a GPU |"]
-    lines.append("| --- | ---: | ---: |")
+    lines += ["", "| peak memory, bfloat16, batch 1, ViT-L/14 reward | goal | predicted | measured on a GPU |"]
+    lines.append("| --- | ---: | ---: | ---: |")
     for each in result["memory"]:
-        lines.append(f"| {each['what']} | {gigabytes(each['predicted_bytes'])} | {gigabytes(each['measured_bytes'])} |")
+        sizes = [gibibytes(each[f"{kind}_bytes"]) for kind in ("predicted", "measured")]
+        lines.append(f"| {each['what']} | {each['goal']} GiB | {' | '.join(sizes)} |")
     table = "\n".join(lines) + "\n"
     print(table)
     save("throughput", result)

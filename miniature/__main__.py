@@ -7,6 +7,7 @@ from miniature.evaluate import evaluate
 from miniature.prompts import write_prompts
 from miniature.rewards import JUDGE, PREFERENCE, train_rewards
 from miniature.step_preference import train_step_preference
+from miniature.tiny_vae import train_tiny_vae
 from miniature.vae import polish_decoder, train_vae
 
 
@@ -17,6 +18,7 @@ def main() -> None:
     polish_decoder()
     write_prompts()
     export()
+    train_tiny_vae()
     for recipe in (PREFERENCE, JUDGE):
         train_rewards(recipe)
     train_step_preference()

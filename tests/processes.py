@@ -20,6 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_run import tailorpo
@@ -35,6 +36,12 @@ from tailorpo.progress import Silent
 from tailorpo.run import Run
 from tailorpo.rundir import RunDirectory
 from tailorpo.train import Session, train
+
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu"}
+"""What `accelerate launch` sets for ZeRO stage 2."""
+needs_deepspeed = pytest.mark.skipif(
+    _zero.Zero({}).missing() is not None, reason="deepspeed is not installed (tailorpo[deepspeed])"
+)
 
 
 @dataclass(frozen=True)

@@ -47,13 +47,21 @@ def outcome(run: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("algorithm", "victim"), [(GUIDED, 1), (DDPO, 0)], ids=["guided", "ddpo"])
+@pytest.mark.parametrize(
+    ("algorithm", "victim", "variables"),
+    [
+        pytest.param(GUIDED, 1, {}, id="guided"),
+        pytest.param(DDPO, 0, {}, id="ddpo"),
+        pytest.param(GUIDED, 1, many.DEEPSPEED, id="deepspeed", marks=many.needs_deepspeed),
+    ],
+)
 def test_after_a_kill_two_processes_go_on_with_the_same_bits_and_one_does_up_to_rounding(
-    tiny_folder: Path, tmp_path: Path, algorithm: dict[str, Any], victim: int
+    tiny_folder: Path, tmp_path: Path, algorithm: dict[str, Any], victim: int, variables: dict[str, str]
 ) -> None:
     reward = {"name": "processes:Striking" if algorithm is GUIDED else "processes:striking"}
     path = recipe(tmp_path, tiny_folder, algorithm, reward=reward)
-    harmless, deadly = {"STRIKE": "none 0 0"}, {"STRIKE": f"kill {victim} {2 if algorithm is DDPO else 10}"}
+    harmless = {"STRIKE": "none 0 0", **variables}
+    deadly = harmless | {"STRIKE": f"kill {victim} {2 if algorithm is DDPO else 10}"}
 
     def command(count: int, name: str, *arguments: str, **options: Any) -> list[many.Ended]:
         return many.run(count, tmp_path / name, many.command, *arguments, **options)

@@ -10,7 +10,7 @@ from typing import Any
 import processes as many
 import pytest
 import torch
-from processes import checkpoint, metrics, norm
+from processes import DEEPSPEED, checkpoint, metrics, needs_deepspeed, norm
 from tiny_run import refused, settings, write_recipe
 
 from tailorpo._distributed import Processes
@@ -19,10 +19,6 @@ from tailorpo.errors import UserError
 from tailorpo.run import Run
 from tailorpo.sharing import check_shares
 
-DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu"}
-needs_deepspeed = pytest.mark.skipif(
-    Zero({}).missing() is not None, reason="deepspeed is not installed (tailorpo[deepspeed])"
-)
 CUTS: dict[str, dict[str, Any]] = {
     "LoRA": {
         "algorithm": {"name": "tailorpo", "train_steps": 2, "guidance": {"form": "sigma", "k": 0.5}, "kl_target": 1.0},
@@ -33,6 +29,11 @@ CUTS: dict[str, dict[str, Any]] = {
         "algorithm": {"name": "tailorpo", "train_steps": 2, "update": "buffered", "minibatch": 1, "accumulate": 3},
         "model": {"lora": None, "full": True},
         "stage": {"reduce_bucket_size": 10_000, "allgather_bucket_size": "auto"},
+    },
+    "moving reference": {
+        "algorithm": {"name": "tailorpo", "train_steps": 2, "reference": {"ema": 0.5}},
+        "model": {"lora": {"rank": 2}},
+        "stage": {},
     },
 }
 # A large eps makes Adam's step a smooth function of the gradient, so that rounding stays small; the clipping acts.
@@ -85,6 +86,11 @@ def test_with_a_part_of_the_state_each_two_processes_train_as_one(tiny_folder: P
         assert apart(ours, theirs, "optimizer/exp_avg/") < 1e-4
         assert apart(ours, theirs, "optimizer/exp_avg_sq/") < 1e-4
         assert apart(ours, theirs, "parameter/") < 1e-5
+        if cut == "moving reference":
+            assert apart(ours, theirs, "reference/") < 1e-5
+
+    if cut == "moving reference":
+        assert apart(checkpoint(one, 1), checkpoint(one, 2), "reference/") > 1e-3
 
     if cut == "full":  # either goes on from the other's checkpoint
         longer = Run.from_dict(data | {"updates": 3})

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tailorpo.errors import UserError
-from tailorpo.models.source import Family, find_model
+from tailorpo.models.source import Family, find_model, find_tiny_vae
 from tailorpo.prediction import PredictionType
 from tailorpo.schedule import Schedule
 
@@ -174,8 +174,8 @@ class ModelConfig:
         zero_terminal_snr: true for noise levels that begin at pure noise (arXiv 2305.08891), with trailing steps; null
             is as the model says.
         vae_path: a folder of an AutoencoderKL to use instead of the model's own.
-        tiny_vae: a folder of an AutoencoderTiny (TAESD) that decodes pictures on the way; finished ones are decoded in
-            full.
+        tiny_vae: a folder of an AutoencoderTiny (TAESD), or "emoji" for the miniature's, that decodes pictures on the
+            way; finished ones are decoded in full.
         download: fetch a hub id that is not on this disk; nothing is ever fetched otherwise.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
         vae_slicing: decode one picture of a batch at a time.
@@ -219,7 +219,8 @@ class ModelConfig:
                 find_model(self.path, family=self.family)
             except UserError as error:
                 problems.append(str(error).removeprefix("model."))
-        for key, folder in (("vae_path", self.vae_path), ("tiny_vae", self.tiny_vae)):
+        tiny = None if self.tiny_vae is None else str(find_tiny_vae(self.tiny_vae))
+        for key, folder in (("vae_path", self.vae_path), ("tiny_vae", tiny)):
             if folder is not None and not Path(folder).expanduser().is_dir():
                 problems.append(f"{key}: there is no folder {folder} (looked from {Path.cwd()})")
         return problems

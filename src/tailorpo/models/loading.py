@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from tailorpo.errors import UserError
 from tailorpo.models import ModelConfig
-from tailorpo.models.source import INDEX, find_model, read_config
+from tailorpo.models.source import INDEX, find_model, find_tiny_vae, read_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TEXT_MODELS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
@@ -85,10 +85,10 @@ def load_vae(folder: Path, dtype: torch.dtype, *, key: str) -> AutoencoderKL:
 
 
 def load_tiny_vae(path: str | None, dtype: torch.dtype) -> AutoencoderTiny | None:
-    """An AutoencoderTiny (TAESD) from a folder."""
+    """An AutoencoderTiny (TAESD) from a folder, or a bundled one."""
     if path is None:
         return None
-    folder = Path(path).expanduser()
+    folder = find_tiny_vae(path)
     _expect(folder, "AutoencoderTiny", "model.tiny_vae")
     return AutoencoderTiny.from_pretrained(folder, torch_dtype=dtype, **_weights(folder))
 

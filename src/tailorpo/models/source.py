@@ -58,6 +58,11 @@ def find_model(path: str, *, family: Family = "sd", download: bool = False) -> P
     return local
 
 
+def find_tiny_vae(path: str) -> Path:
+    """The folder that `model.tiny_vae` means: a bundled model's draft decoder, or one of the user's."""
+    return assets(f"{path}_tiny_vae") if path in BUNDLED else Path(path).expanduser()
+
+
 def family_of(path: str) -> Family:
     """The family of what a command was given without a run file; "sd" where it cannot be told."""
     local = Path(path).expanduser()

@@ -38,7 +38,7 @@ from tailorpo.models.latent import LatentDiffusion
 from tailorpo.models.loading import DTYPES, Parts
 from tailorpo.models.sd import StableDiffusion
 from tailorpo.models.sdxl import StableDiffusionXL
-from tailorpo.models.source import assets, find_model, layout_of, read_config
+from tailorpo.models.source import assets, find_model, find_tiny_vae, layout_of, read_config
 from tailorpo.rewards import (
     Aesthetic,
     Brightness,
@@ -118,8 +118,7 @@ def build_network(
         with torch.device(device):
             unet = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(found["unet"]))
             vae = cast(AutoencoderKL, AutoencoderKL.from_config(found["vae"]))
-            # diffusers' default configuration is TAESD's.
-            tiny = AutoencoderTiny(latent_channels=vae.config["latent_channels"]) if config.tiny_vae else None
+            tiny = _tiny_vae(config.tiny_vae, vae) if config.tiny_vae else None
             encoders: list[Any] = [CLIPTextModel(CLIPTextConfig(**found["text_encoder"]))]
             if xl:
                 encoders.append(CLIPTextModelWithProjection(CLIPTextConfig(**found["text_encoder_2"])))
@@ -138,6 +137,14 @@ def build_network(
         zeros_for_empty=xl,
     )
     return Network((StableDiffusionXL if xl else StableDiffusion)(parts, config, seed=0), title, assumption)
+
+
+def _tiny_vae(path: str, vae: AutoencoderKL) -> AutoencoderTiny:
+    """As its config.json says, or TAESD where there is none on this disk: diffusers' defaults."""
+    folder = find_tiny_vae(path)
+    if (folder / "config.json").is_file():
+        return cast(AutoencoderTiny, AutoencoderTiny.from_config(read_config(folder, "config.json")))
+    return AutoencoderTiny(latent_channels=vae.config["latent_channels"])
 
 
 def _description(config: ModelConfig, architecture: Architecture | None) -> tuple[dict[str, Any], str, str | None]:
