@@ -90,7 +90,7 @@ def test_with_a_part_of_the_state_each_two_processes_train_as_one(tiny_folder: P
             assert apart(ours, theirs, "reference/") < 1e-5
 
     if cut == "moving reference":
-        assert apart(checkpoint(one, 1), checkpoint(one, 2), "reference/") > 1e-3
+        assert apart(checkpoint(one, 1), checkpoint(one, 2), "reference/") > 1e-4
 
     if cut == "full":  # either goes on from the other's checkpoint
         longer = Run.from_dict(data | {"updates": 3})
