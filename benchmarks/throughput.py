@@ -17,7 +17,7 @@ The networks have random weights (nothing is downloaded): the miniature with its
     favours them. The KL of untrained steps is not measured (`kl_measured: 0`; at its default of one trajectory 15 F an
     update more).
 (d), (e) peak memory against the plan's, where torch accounts for it (CUDA): one update of TailorPO and TailorPO-G on
-    SD 1.5; the plan's phases on SDXL at 1024 x 1024; all with and without gradient checkpointing
+    SD 1.5; the plan's phases on SDXL at 1024 x 1024; each also with gradient checkpointing, and with TAESD as well
 
 Variants take turns within a run, medians of ratios; times are CPU seconds of this process without a GPU, so that other
 processes disturb least.
@@ -49,6 +49,7 @@ STEPS, TRAINED = 20, 5
 PROMPTS = ["a cat", "a dog"]
 GOALS = {("sd15", False): 8, ("sd15", True): 12, ("sdxl", False): 24, ("sdxl", True): 24}
 """Peak memory in GiB by architecture and whether it is guided."""
+SMALLER = {0: "", 1: ", gradient checkpointing", 2: ", gradient checkpointing, TAESD"}
 SIGMA = {"form": "sigma", "k": 1.0}
 
 
@@ -282,16 +283,18 @@ def memory(device: torch.device) -> list[dict[str, Any]]:
     cuda = torch.device("cuda")
     rows: list[dict[str, Any]] = []
     kinds = [
-        (title, network, guided, checkpoint)
-        for title, network in (("SD 1.5, 512", "sd15"), ("SDXL, 1024", "sdxl"))
+        (title, architecture, guided, small)
+        for title, architecture in (("SD 1.5, 512", "sd15"), ("SDXL, 1024", "sdxl"))
         for guided in (False, True)
-        for checkpoint in (False, True)
+        for small in SMALLER
     ]
-    for title, architecture, guided, checkpointing in kinds:
-        name = f"{title}, TailorPO{'-G' if guided else ''}{', gradient checkpointing' if checkpointing else ''}"
+    for title, architecture, guided, small in kinds:
+        name = f"{title}, TailorPO{'-G' if guided else ''}{SMALLER[small]}"
         goal = GOALS[architecture, guided]
         guidance = SIGMA if guided else None
-        run = recipe(cuda, micro=1, architecture=architecture, checkpointing=checkpointing, guidance=guidance)
+        run = recipe(
+            cuda, micro=1, architecture=architecture, checkpointing=small > 0, tiny=small > 1, guidance=guidance
+        )
         planned = build(run, "meta")
         _, cost = trajectory_cost(run)
         training = phases(run, planned.calls, cost)["collect and train"]

@@ -549,11 +549,11 @@ def test_alarms_by_hand() -> None:
         return {**found, "forwards": 100, "restored": None, **more}
 
     healthy = {"sentinels": [look(2, "ok", 5.5), look(4, "warning", 5.75)]}
-    hacked = {"sentinels": [look(2, "ok", 5.25), look(4, "hacking", 4.75, restored=2)]}
+    hacked = {"sentinels": [look(2, "ok", 5.25), look(4, "hacking", 4.75, kl=3.0, restored=2)]}
     table = alarm_table({"plain": [{}], "watched": [healthy, hacked]})
     assert table is not None
     (row,) = [line for line in table.splitlines() if line.startswith("| watched")]
-    assert row == "| watched | 2 | 1 | none, 4 | +0.75, +0.25 | -, 0.50 | 2 | 200 |"
+    assert row == "| watched | 2 | 1 | none, 4 | +0.75, +0.25 | -, 0.50 (200%) | -, 1 to 3 | 2 | 200 |"
     assert alarm_table({"plain": [{}]}) is None
 
 

@@ -240,6 +240,22 @@ def test_the_tiny_vae_decodes_on_the_way_and_the_full_one_at_the_end(sd: Path, t
     assert torch.equal(*(scored(policy, 4).reward for policy in policies))
 
 
+def test_the_miniature_s_own_tiny_vae_comes_near_its_full_one(sd: Path) -> None:
+    """Of the guesses that step rewards look at, at any step; with latents of the wrong scale it would not."""
+    model = load("emoji", tiny_vae="emoji")
+    policy = Policy(model, DDIM(steps=20, guidance_scale=1.5))
+    cond, x, noise = model.encode(PROMPTS), latents(model), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for k in range(19):
+            step = policy.step(x, k, cond)
+            apart = [model.decode(step.x0) - model.decode_draft(scale * step.x0) for scale in (1.0, 0.5)]
+            near, wrong = (-10 * each.square().mean((1, 2, 3)).log10() for each in apart)
+            assert near.min() > 28, k
+            assert wrong.max() < 26, k
+            x = step.gaussian.mean + step.gaussian.std * torch.randn(x.shape, generator=noise)
+    assert "model.tiny_vae takes 12 channels, the model has 4" in refused(sd, tiny_vae="emoji")
+
+
 # Switches
 
 

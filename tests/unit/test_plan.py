@@ -108,6 +108,9 @@ def test_what_makes_a_run_smaller() -> None:
     counts = {(work.kind, work.phase): work.count for work in tiny.work}
     assert counts["draft decode", "training"] == 10
     assert counts["decode", "training"] == 1
+    cheap = {work.kind: work.operations for work in miniature_plan("model.tiny_vae=emoji").work}
+    assert cheap["draft decode"] < 0.3 * cheap["decode"]  # its own sizes, not TAESD's
+    assert {work.kind: work.operations for work in tiny.work}["draft decode"] > cheap["decode"]
     activations = [plan.memory["activations, at most"] for plan in (plain, again)]
     assert activations[1] < 0.6 * activations[0]
     units = [{work.kind: work.operations for work in plan.work} for plan in (plain, again)]

@@ -41,8 +41,10 @@ def alarm_table(cells: Mapping[str, Sequence[Row]]) -> str | None:
         "first alarm, update",
         "judge's best gain before",
         "lost at the alarm",
+        "KL, best to alarm",
+        "kept of",
+        "F of all looks",
     ]
-    head += ["kept of", "F of all looks"]
     lines = [_row(head), _row(["---"] * len(head))]
     for name, runs in cells.items():
         seen = [run["sentinels"] for run in runs if run.get("sentinels")]
@@ -62,19 +64,29 @@ def _alarms(seen: Sequence[Sequence[Row]]) -> list[str]:
     first: list[str] = []
     best: list[str] = []
     lost: list[str] = []
+    spent: list[str] = []
     for run in seen:
         alarm = next((i for i, look in enumerate(run) if look["state"] == "hacking"), None)
-        base = run[0]["base"]
-        before = max([base, *(look["judge"] for look in (run if alarm is None else run[:alarm]))])
-        best.append(f"{before - base:+.2f}")
-        first.append("none" if alarm is None else str(run[alarm]["update"]))
-        lost.append("-" if alarm is None else f"{before - run[alarm]['judge']:.2f}")
+        base = {"judge": run[0]["base"], "kl": 0.0}
+        peak = max([base, *(run if alarm is None else run[:alarm])], key=lambda look: look["judge"])
+        gain = peak["judge"] - base["judge"]
+        best.append(f"{gain:+.2f}")
+        if alarm is None:
+            first.append("none")
+            lost.append("-")
+            spent.append("-")
+        else:
+            fall = peak["judge"] - run[alarm]["judge"]
+            first.append(str(run[alarm]["update"]))
+            lost.append(f"{fall:.2f} ({fall / gain:.0%})" if gain > 0 else f"{fall:.2f}")
+            spent.append(f"{peak['kl']:.0f} to {run[alarm]['kl']:.0f}")
     restored = [str(run[-1]["restored"]) for run in seen if run[-1]["restored"] is not None]
     return [
         str(sum(each != "none" for each in first)),
         ", ".join(first),
         ", ".join(best),
         ", ".join(lost),
+        ", ".join(spent),
         ", ".join(restored) or "-",
         f"{fmean(sum(look['forwards'] for look in run) for run in seen):,.0f}",
     ]

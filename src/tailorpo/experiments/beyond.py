@@ -3,7 +3,8 @@
 `beyond` takes TailorPO and TailorPO-G as the other experiments found them best, and changes one thing at a time; the
 last rows put the best of it together. `kl-target` asks of runs three times as long whether a target is held, and what
 that is good for. `hacking` trains on rewards that do not mean what they say: alone, in an ensemble
-with two preference models under every rule, and alone with sentinels.
+with two preference models under every rule, and alone with sentinels. `alarm` asks at a slower pace how early the
+sentinels notice.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _PLAIN = {
     "beta auto for 100 nats": _AUTO,
     "KL mask 1": ("algorithm.kl_mask=1",),
     "reference every 5": ("algorithm.reference={every: 5}",),
+    "tiny decoder": ("model.tiny_vae=emoji",),
 }
 _GUIDED = {
     "TailorPO-G": PAPERS_G,
@@ -66,30 +68,40 @@ HELD = tuple(
     )
 )
 
-_MEMBERS = f"[{{name: <reward>}}, {{name: {PREFERENCE}}}, {{name: emoji_step_preference}}]"
+_SUM = f"reward=[{{name: <reward>}}, {{name: {PREFERENCE}}}, {{name: emoji_step_preference}}]"
+_SENTINELS = ("sentinels.every=1", "sentinels.judge={name: emoji_judge}")
+_ROLLBACK = (*_SENTINELS, "sentinels.on_alarm=rollback")
 _PUSHED = ("algorithm.beta=0.02", "optimizer.lr=3e-3")
 """Hard enough that a reward that can be hacked is hacked within the budget: at 2e-3 and ten updates, as in `pushed`,
 colourfulness still did the pictures good."""
-_SENTINELS = ("sentinels.every=1", "sentinels.judge={name: emoji_judge}")
+_PACED = ("algorithm.beta=0.02", "optimizer.lr=1e-3")
+"""Slow enough that near the judge's peak the KL grows by a quarter between two looks, not by three quarters."""
 
 
-def _hacking(name: str, *overrides: str, rewards: tuple[str, ...] = HACKABLE) -> Variant:
-    return Variant(name=name, recipe="emoji_tailorpo.yaml", overrides=(*_PUSHED, *overrides), rewards=rewards)
+def _hacking(
+    name: str, *overrides: str, rewards: tuple[str, ...] = HACKABLE, pace: tuple[str, ...] = _PUSHED
+) -> Variant:
+    return Variant(name=name, recipe="emoji_tailorpo.yaml", overrides=(*pace, *overrides), rewards=rewards)
 
 
 HACKING = (
     _hacking("alone", *_SENTINELS, rewards=(*HACKABLE, PREFERENCE)),
-    _hacking("alone, rolled back", *_SENTINELS, "sentinels.on_alarm=rollback"),
+    _hacking("alone, rolled back", *_ROLLBACK),
     _hacking("alone, beta raised", *_SENTINELS, "sentinels.on_alarm=raise_beta"),
-    _hacking("weighted sum", f"reward={_MEMBERS}"),
+    _hacking("weighted sum", _SUM),
     *(
-        _hacking(rule.replace("_", " "), f"reward={_MEMBERS}", f"ensemble.rule={rule}")
+        _hacking(rule.replace("_", " "), _SUM, f"ensemble.rule={rule}")
         for rule in ("mean", "worst_case", "uncertainty", "majority", "pareto", "soft_vote")
     ),
-    _hacking("mean, gated KL", f"reward={_MEMBERS}", "ensemble.rule=mean", "algorithm.gated_kl=0.01"),
-    _hacking(
-        "mean, rolled back", f"reward={_MEMBERS}", "ensemble.rule=mean", *_SENTINELS, "sentinels.on_alarm=rollback"
-    ),
+    _hacking("mean, gated KL", _SUM, "ensemble.rule=mean", "algorithm.gated_kl=0.01"),
+    _hacking("mean, rolled back", _SUM, "ensemble.rule=mean", *_ROLLBACK),
+)
+
+ALARM = (
+    _hacking("alone", *_SENTINELS, pace=_PACED, rewards=(*HACKABLE, PREFERENCE)),
+    _hacking("alone, rolled back", *_ROLLBACK, pace=_PACED),
+    _hacking("weighted sum", _SUM, *_SENTINELS, pace=_PACED, rewards=(COLOUR,)),
+    _hacking("weighted sum, rolled back", _SUM, *_ROLLBACK, pace=_PACED, rewards=(COLOUR,)),
 )
 
 HACKING_BUDGET = 3_840
@@ -97,6 +109,9 @@ HACKING_BUDGET = 3_840
 
 FEWER_PROMPTS = (f"eval.prompts_seen={{list: [{', '.join(load_prompts(PromptsConfig(name='animals'))[::2])}]}}",)
 """Every second animal: the effects are large, and the evaluation would cost three times the training."""
+
+ALARM_BUDGET = 2 * HACKING_BUDGET
+"""Thirty-two updates at a third of the learning rate."""
 
 GRIDS = (
     Grid(
@@ -129,6 +144,18 @@ GRIDS = (
         variants=HACKING,
         seeds=dict.fromkeys((*HACKABLE, PREFERENCE), (1, 2, 3)),
         budget=HACKING_BUDGET,
+        overrides=(*EVALUATION, *FEWER_PROMPTS),
+        reference="alone",
+        points=1,
+    ),
+    Grid(
+        name="alarm",
+        question="Does the alarm come in time where the looks can follow, and does a healthy run stay without one?",
+        paper="none",
+        statistic="as in hacking; seeds on which neither rules nor pace were chosen",
+        variants=ALARM,
+        seeds=dict.fromkeys((*HACKABLE, PREFERENCE), (4, 5, 6)),
+        budget=ALARM_BUDGET,
         overrides=(*EVALUATION, *FEWER_PROMPTS),
         reference="alone",
         points=1,

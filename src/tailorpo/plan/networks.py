@@ -35,7 +35,7 @@ from transformers import (
 from tailorpo.errors import UserError
 from tailorpo.models import Conditioning, ModelConfig
 from tailorpo.models.latent import LatentDiffusion
-from tailorpo.models.loading import DTYPES, Parts
+from tailorpo.models.loading import DTYPES, Parts, quiet
 from tailorpo.models.sd import StableDiffusion
 from tailorpo.models.sdxl import StableDiffusionXL
 from tailorpo.models.source import assets, find_model, find_tiny_vae, layout_of, read_config
@@ -143,7 +143,8 @@ def _tiny_vae(path: str, vae: AutoencoderKL) -> AutoencoderTiny:
     """As its config.json says, or TAESD where there is none on this disk: diffusers' defaults."""
     folder = find_tiny_vae(path)
     if (folder / "config.json").is_file():
-        return cast(AutoencoderTiny, AutoencoderTiny.from_config(read_config(folder, "config.json")))
+        with quiet():  # diffusers writes an entry into its own files that it then says it does not know
+            return cast(AutoencoderTiny, AutoencoderTiny.from_config(read_config(folder, "config.json")))
     return AutoencoderTiny(latent_channels=vae.config["latent_channels"])
 
 
