@@ -23,7 +23,7 @@ from common import RESULTS, observe, save
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from tailorpo.plan import Parts, Plan, make_plan
+from tailorpo.plan import Parts, Plan, make_plan, rows_together
 from tailorpo.plan.accounting import unit_costs
 from tailorpo.run import Run
 
@@ -130,7 +130,6 @@ def per_update(plan: Plan) -> float:
 def time_ratio(real: Real, plan: Plan, repeats: int) -> dict[str, Any]:
     """CPU seconds of an update over those predicted from timed calls, in turns."""
     parts = Parts.build(real.run, "cpu", architecture=None, measure=False)
-    rows = real.run.batch.micro * plan.cost.scored_rows
     pairs: list[tuple[float, float]] = []
 
     def seconds(call: Any) -> float:
@@ -144,7 +143,7 @@ def time_ratio(real: Real, plan: Plan, repeats: int) -> dict[str, Any]:
         started = time.process_time()
         real.update()
         spent = time.process_time() - started
-        units = unit_costs(parts.calls, seconds, rows=rows)
+        units = unit_costs(parts.calls, seconds, **rows_together(plan))
         work = [work for work in plan.work if work.phase == "training"]
         predicted = real.run.batch.trajectories * sum(each.count * units[each.kind] for each in work)
         pairs.append((predicted, spent))

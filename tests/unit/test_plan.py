@@ -143,7 +143,7 @@ def test_unit_costs_add_up_to_one_measurement() -> None:
     network = build_network(ModelConfig(path="emoji", lora=LoRA(rank=2)), "meta")
     calls = Calls(network, [build_reward(EmojiPreference(), "meta")], guidance_scale=3.0)
 
-    one, three = unit_costs(calls, count), unit_costs(calls, count, rows=3)
+    one, three = unit_costs(calls, count), unit_costs(calls, count, rows=3, scored=3)
     for name, value in one.items():
         assert three[name] == pytest.approx(value, rel=1e-9), name
     assert all(value > 0 for name, value in one.items() if name != "judge")

@@ -74,13 +74,19 @@ def measure_here(
 ) -> Estimate:
     """Time the plan's own calls on this machine; a matrix product instead where they would take more than a minute."""
     here = this_device(device, plan.run.model.dtype)
-    rows = max(plan.run.batch.micro * plan.cost.scored_rows, 1)
-    rough = sum(work.operations / here.peak[work.dtype] for work in plan.work) * rows * 4
+    together = rows_together(plan)
+    rough = sum(work.operations / here.peak[work.dtype] for work in plan.work) * max(together.values()) * 4
     if rough > _LONGEST:
         return plan.on(here)
     parts = Parts.build(plan.run, device, architecture=architecture, measure=measure)
-    timed = unit_costs(parts.calls, lambda call: seconds(call, device), rows=rows, judge=parts.judge)
+    timed = unit_costs(parts.calls, lambda call: seconds(call, device), judge=parts.judge, **together)
     return plan.timed(here, timed)
+
+
+def rows_together(plan: Plan) -> dict[str, int]:
+    """How many rows a training call has: of the chain and the loss, and of what is scored; see `unit_costs`."""
+    micro = plan.run.batch.micro
+    return {"rows": micro * plan.cost.graph_rows, "scored": max(micro * plan.cost.scored_rows, 1)}
 
 
 @dataclass(frozen=True)
@@ -230,4 +236,4 @@ def _not_counted(run: Run, rewards: list[RewardNetwork]) -> tuple[str, ...]:
     return tuple(lines)
 
 
-__all__ = ["Estimate", "Parts", "Phase", "Plan", "Work", "make_plan", "measure_here", "phases"]
+__all__ = ["Estimate", "Parts", "Phase", "Plan", "Work", "make_plan", "measure_here", "phases", "rows_together"]

@@ -222,35 +222,52 @@ def seconds(call: Callable[[], object], device: torch.device, *, repeats: int = 
 
 
 def unit_costs(
-    calls: Calls, measure: Callable[[Callable[[], object]], float], *, rows: int = 1, judge: RewardNetwork | None = None
+    calls: Calls,
+    measure: Callable[[Callable[[], object]], float],
+    *,
+    rows: int = 1,
+    scored: int = 1,
+    judge: RewardNetwork | None = None,
 ) -> dict[str, float]:
-    """What `measure` says of one row of each kind of call (its `rows` go through together)."""
+    """What `measure` says of one row of each kind of call.
 
-    def per_row(call: Callable[[], object]) -> float:
-        return measure(call) / rows
+    Args:
+        calls: the run's.
+        measure: of a call.
+        rows: that go through the network together on the way, of which time per row depends.
+        scored: that are scored together, and differentiated with respect to the latent.
+        judge: the evaluation's, if it has one.
+    """
+
+    def per_row(call: Callable[[int], object], count: int) -> float:
+        return measure(lambda: call(count)) / count
 
     def of(rewards: list[RewardNetwork], *, gradient: bool = False) -> float:
         known = [reward for reward in rewards if reward.score is not None]
-        return sum(per_row(lambda reward=reward: calls.score(reward, rows, gradient=gradient)) for reward in known)
+        return sum(per_row(lambda n, one=reward: calls.score(one, n, gradient=gradient), scored) for reward in known)
 
     with torch.no_grad():
         found = {
-            "forward": per_row(lambda: calls.forward(rows)),
-            "reference forward": per_row(lambda: calls.forward(rows, reference=True)),
+            "forward": per_row(calls.forward, rows),
+            "reference forward": per_row(lambda n: calls.forward(n, reference=True), rows),
             "text": measure(calls.network.encode),
-            "decode": per_row(lambda: calls.decode(rows)),
-            "draft decode": per_row(lambda: calls.decode(rows, draft=True)),
+            "decode": per_row(calls.decode, scored),
+            "draft decode": per_row(lambda n: calls.decode(n, draft=True), scored),
             "reward": of(calls.rewards),
             "judge": of([judge] if judge else []),
         }
+        among_scored = per_row(calls.forward, scored)
     for parameter in calls.model.trainable().values():
         parameter.grad = torch.zeros_like(parameter)
-    with_weights = per_row(lambda: calls.forward(rows, "weights")) if calls.model.trainable() else found["forward"]
+    trains = bool(calls.model.trainable())
+    with_weights = per_row(lambda n: calls.forward(n, "weights"), rows) if trains else found["forward"]
+    decoded = per_row(lambda n: calls.decode(n, gradient=True), scored)
+    drafted = per_row(lambda n: calls.decode(n, draft=True, gradient=True), scored)
     return found | {
         "backward": with_weights - found["forward"],
-        "input gradient": per_row(lambda: calls.forward(rows, "input")) - found["forward"],
-        "decode gradient": per_row(lambda: calls.decode(rows, gradient=True)) - found["decode"],
-        "draft decode gradient": per_row(lambda: calls.decode(rows, draft=True, gradient=True)) - found["draft decode"],
+        "input gradient": per_row(lambda n: calls.forward(n, "input"), scored) - among_scored,
+        "decode gradient": decoded - found["decode"],
+        "draft decode gradient": drafted - found["draft decode"],
         "reward gradient": of(calls.rewards, gradient=True) - found["reward"],
     }
 
