@@ -79,8 +79,7 @@ def adapted(algorithm: Algorithm, memory: Memory) -> Algorithm:
     if algorithm.controlled == "beta":
         return replace(algorithm, beta=beta * math.exp(integral))
     start = algorithm.kl_penalty or START * beta / math.sqrt(target)
-    error = _error(memory, target / factor**2)
-    ahead = 0.0 if error is None else error + AHEAD * _one(memory, CHANGE, 0.0)
+    ahead = _error(memory[KL][0], target / factor**2) + AHEAD * _one(memory, CHANGE, 0.0) if KL in memory else 0.0
     steep = PROPORTIONAL * min(max(ahead, LOOSEST), TIGHTEST)
     return replace(algorithm, beta=beta, kl_penalty=start * math.exp(integral + steep))
 
@@ -120,11 +119,11 @@ def observe(algorithm: Algorithm, memory: Memory, figures: Mapping[str, Any], po
     if algorithm.kl_target is not None and kl is not None and math.isfinite(kl):
         before = _one(memory, KL, kl)
         memory[KL] = [KL_DECAY * before + (1 - KL_DECAY) * kl]
-        error = _error(memory, algorithm.kl_target / _one(memory, FACTOR, 1.0) ** 2)
+        error = _error(memory[KL][0], algorithm.kl_target / _one(memory, FACTOR, 1.0) ** 2)
         change = 0.0 if before <= 0 else math.log(max(memory[KL][0] / before, 1e-6))
         memory[CHANGE] = [_clip(change, LARGEST_CHANGE)]
-        rising = error is not None and (before <= 0 or change > -error / ARRIVAL)
-        if error is not None and abs(error) > DEADBAND and not (error < 0 and rising):
+        rising = before <= 0 or change > -error / ARRIVAL
+        if abs(error) > DEADBAND and not (error < 0 and rising):
             gain, clip = (GAIN / 2, CLIP) if algorithm.controlled == "beta" else (INTEGRAL_GAIN, INTEGRAL_CLIP)
             memory[INTEGRAL] = [_one(memory, INTEGRAL, 0.0) + gain * _clip(error, clip)]
         logged["kl_mean"] = memory[KL][0]
@@ -147,10 +146,9 @@ def gap_squares(figures: Mapping[str, Any], policy: Policy, *, normalised: bool)
     return total
 
 
-def _error(memory: Memory, target: float) -> float | None:
-    """log(KL / target); None before a KL was seen. A KL of 0, before the first update, is far below."""
-    kl = _one(memory, KL, math.nan)
-    return None if math.isnan(kl) else math.log(max(kl / target, 1e-6))
+def _error(kl: float, target: float) -> float:
+    """log(KL / target); a KL of 0, before the first update, is far below."""
+    return math.log(max(kl / target, 1e-6))
 
 
 def _one(memory: Memory, name: str, default: float) -> float:
