@@ -21,6 +21,7 @@ from common import RESULTS, save
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 
 from tailorpo.models import LoRA, ModelConfig
 from tailorpo.models.trained import Adapter
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    inductor.force_disable_caches = True
     lines = [
         f"| forward, reference, backward; {ROWS} rows with guidance; median of {options.turns} turns | CPU seconds"
         " | times as fast as plain | first call, s | steps until it has paid back | graphs, compiled again"

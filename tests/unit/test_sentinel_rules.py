@@ -107,6 +107,13 @@ def test_kl_that_buys_a_reward_and_no_judge_is_an_alarm() -> None:
         [found] = find(now, base=base, best=best, rules=Rules(fall=0.05, confidence=0.99999, certain=0.99999))[-1:]
         assert (found.rule, found.alarm, found.certain) == ("kl_growth", alarm, False)
         assert ("while the trained reward rose: +1 [" in found.text) == (reward == 2)
+    # A mean gain that may be chance is no peak: prompts that differ by 3 and gain 1, or 0.3.
+    split = 1.5 * (-1) ** np.arange(PROMPTS)
+    for mean, alarm in ((1.0, True), (0.3, False)):
+        best = look(5, kl=10, judge=mean + split, reward=1 + wobble)
+        now = look(10, kl=16, judge=0.9 * mean + split, reward=2 + wobble[::-1])
+        [found] = find(now, base=base, best=best, rules=Rules(confidence=0.99999, certain=0.99999))[-1:]
+        assert (found.rule, found.alarm) == ("kl_growth", alarm)
 
 
 def test_a_judge_that_falls_from_the_start_is_measured_against_the_base() -> None:

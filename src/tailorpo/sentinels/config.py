@@ -37,7 +37,7 @@ class Rules:
             prompt, unless the judge has risen.
         disagreement: a warning once the share of sibling pictures that the rewards order differently has risen by more.
         kl_growth: a warning once the KL is so many times that of the judge's best look and the judge is no better; an
-            alarm if the trained reward has risen since, and the judge has lost `fall` of its gain.
+            alarm if the trained reward has risen since, and the judge has lost `fall` of a gain that was one.
     """
 
     confidence: Level = 0.99

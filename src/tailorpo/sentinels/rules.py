@@ -9,7 +9,8 @@ paired difference of a prompt, with Student's interval over prompts:
     drift          |saturation, edge energy, JPEG size, flat share now - base| in spreads of the base; a warning
     disagreement   sibling pictures that the rewards order differently, now - base; a warning
     kl_growth      KL now / KL at the judge's best look above this, where the judge has gained nothing since; an alarm
-                   where the trained reward has risen for it and the judge has lost `fall`, otherwise a warning
+                   where the trained reward has risen for it and the judge has lost `fall` of a gain that was one,
+                   otherwise a warning
 
 Looking again and again, and always against the best of all looks, makes chance findings likelier than the level of one
 interval says. So the n-th look compares with the best at an n-th of the error (Bonferroni over the n looks that the
@@ -22,7 +23,9 @@ A fall of a tenth of the best gain can only be seen before it happens if the int
 prompts make it so. kl_growth does not wait for the interval. By the law of Gao et al. 2022 (arXiv 2210.10760) a judge
 gains d (a - b d), d the root of the KL, so at r times the peak's d it keeps r (2 - r) of its best: 95 % at 1.5 times
 the peak's KL, 90 % at 1.73 times. Before the peak it gains while the KL grows by half, and a reward that stands still,
-too, has bought nothing. A judge on its plateau under a reward that goes on rising does count: that is where to stop.
+too, has bought nothing. In the first looks, before the model has moved, a chance gain would pass for a peak, so the
+gain has to exclude 0 as well, at the modest level `PEAK`. A judge on its plateau under a reward that goes on rising
+does count: that is where to stop.
 
 Left out: sequential tests with a guaranteed error over an endless series (alpha spending, e-values), which answer
 later, when there is less to save; and a fit of Gao's law to all looks, whose peak is not known before it is passed.
@@ -40,6 +43,8 @@ from tailorpo.statistics import Interval, student_interval
 Values = list[float | None]
 State = Literal["ok", "warning", "hacking"]
 
+PEAK = 0.8
+"""Confidence at which the judge's best look has to lie above the base before kl_growth calls it a peak."""
 LOW_LEVEL = {
     "saturation": "saturation",
     "edges": "edge energy",
@@ -207,9 +212,10 @@ def _kl_growth(now: Look, base: Look, best: Look, rules: Rules) -> Finding | Non
     reward = difference(now, best, "reward", confidence=rules.confidence)
     if reward is None or reward.low is None or reward.low <= 0:
         return Finding("kl_growth", text)
-    gain = difference(best, base, "judge", confidence=rules.confidence)
+    gain = difference(best, base, "judge", confidence=PEAK)
+    risen = gain is not None and gain.low is not None and gain.low > 0
     lost = gain is not None and -since.value > (rules.fall or 0.0) * gain.value
-    return Finding("kl_growth", f"{text}, while the trained reward rose: {_change(reward)}", alarm=lost)
+    return Finding("kl_growth", f"{text}, while the trained reward rose: {_change(reward)}", alarm=risen and lost)
 
 
 def judged(
