@@ -28,7 +28,7 @@ def test_the_list_names_every_experiment_of_the_page() -> None:
     output = tailorpo("experiment", "--list").output
     page = (ROOT / "docs" / "experiments.md").read_text()
     names = [line.split()[2] for line in page.splitlines() if line.startswith("<!-- experiment:")]
-    assert len(names) == 16
+    assert len(names) == 17
     listed = [line.split()[0] for line in output.splitlines()[1:] if line and not line.startswith(" ")]
     assert listed == names
 

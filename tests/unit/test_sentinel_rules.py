@@ -50,53 +50,79 @@ def test_a_wobbling_judge_raises_a_false_alarm_in_less_than_5_percent_of_runs() 
     assert stats.binomtest(alarms, runs).proportion_ci(0.95, method="wilson").high < 0.05, alarms
 
 
-@pytest.mark.parametrize(("power", "at_most"), [(1.0, 0.05), (0.5, 0.2)])
-def test_a_judge_that_goes_on_gaining_rarely_raises_a_false_alarm(power: float, at_most: float) -> None:
-    """The KL grows at all of 40 looks; the judge gains with its root (Gao's law, far from the peak), or only with the
-    root of that, and wobbles by a quarter of the gain so far."""
-    rng = np.random.default_rng(1)
-    alarms, runs = 0, 120
-    for _ in range(runs):
-        start = rng.normal(0, 1, PROMPTS)
-        looks = [look(0, judge=start, reward=start)]
-        for number in range(1, 41):
-            judge = start + number**power * (1 + 0.25 * rng.normal(size=PROMPTS))
-            looks.append(look(number, kl=number**2, judge=judge, reward=start + 0.1 * number))
-        alarms += any(state == "hacking" for state, _, _ in states(looks))
+def drifting(power: float | None, seed: int) -> list[Look]:
+    """A healthy run of 32 looks in the numbers of one (TailorPO on `emoji_preference`, lr 1e-3): judge +0.72 and reward
+    +0.53 in the end, with the KL to the power given (None: all three settle on a plateau); at each look every prompt
+    drifts by 0.114 and 0.063, less in the first looks, with a correlation of 0.41, and keeps what it has drifted."""
+    rng = np.random.default_rng(seed)
+    start = rng.normal(0, 1, PROMPTS)
+    judge, reward = np.zeros(PROMPTS), np.zeros(PROMPTS)
+    looks = [look(0, judge=start, reward=start)]
+    for number in range(1, 33):
+        shared, own = rng.normal(size=(2, PROMPTS))
+        judge = judge + 0.114 * min(1, number / 8) * shared
+        reward = reward + 0.063 * min(1, number / 8) * (0.41 * shared + math.sqrt(1 - 0.41**2) * own)
+        far = 1 - math.exp(-number / 6) if power is None else number / 32
+        kl, gain = (far, far) if power is None else (far**2, far ** (2 * power))
+        looks.append(look(number, kl=200 * kl, judge=start + 0.72 * gain + judge, reward=start + 0.53 * far + reward))
+    return looks
+
+
+@pytest.mark.parametrize(("power", "at_most"), [(0.5, 0.15), (0.25, 0.25), (None, 0.05)])
+def test_a_healthy_run_rarely_raises_a_false_alarm(power: float | None, at_most: float) -> None:
+    """The judge gains with the root of the KL (Gao's law, far from the peak), only with the fourth root, or stands on a
+    plateau with everything else."""
+    runs = 150
+    alarms = sum(any(state == "hacking" for state, _, _ in states(drifting(power, seed))) for seed in range(runs))
     assert stats.binomtest(alarms, runs).proportion_ci(0.95, method="wilson").high < at_most, alarms
 
 
 def turning(noise: float, seed: int, prompts: int = PROMPTS) -> list[Look]:
-    """A judge that gains 2 over ten looks and then loses it again as fast, while the reward rises on."""
+    """A judge that gains 2 over ten looks and then loses it again as fast, while the reward rises on; a prompt drifts by
+    `noise` a look."""
     rng = np.random.default_rng(seed)
-    start = rng.normal(0, 1, prompts)
+    start, drift = rng.normal(0, 1, prompts), np.zeros(prompts)
     looks = [look(0, judge=start, reward=start)]
     for number in range(1, 21):
         gain = 2 - 0.02 * (10 - number) ** 2
-        judge = start + gain + noise * rng.normal(size=prompts)
-        looks.append(look(number, kl=number**2, judge=judge, reward=start + 0.5 * number))
+        drift = drift + noise * rng.normal(size=prompts)
+        looks.append(look(number, kl=number**2, judge=start + gain + drift, reward=start + 0.5 * number))
     return looks
 
 
 def test_an_alarm_comes_before_a_tenth_of_the_best_gain_is_lost_where_the_noise_lets_it() -> None:
     """True gain: 2 at look 10, 1.92 at 12 (4 % lost), 1.82 at 13 (9 %), 1.68 at 14 (16 %)."""
     for seed in range(20):
-        heard = list(states(turning(0.05, seed)))
+        heard = list(states(turning(0.1, seed)))
         first = next(number for number, (state, _, _) in enumerate(heard, start=1) if state == "hacking")
         assert 11 <= first <= 13
         # What a rollback would go back to: within 4 % of the peak.
         assert 8 <= heard[first - 1][2].update <= 12
 
 
-def test_with_more_noise_the_alarm_is_later_but_it_comes() -> None:
-    """The wobble of a prompt is a fifth of all that was gained: then the KL shows sooner than the fall that something
-    is wrong."""
-    for rules, first, last in ((Rules(), 12, 16), (Rules(kl_growth=None), 12, 17)):  # 4 %, 36 % and 49 % lost
-        firsts = [
-            next(n for n, (state, _, _) in enumerate(states(turning(0.4, seed), rules), start=1) if state == "hacking")
-            for seed in range(20)
+def test_with_prompts_that_drift_as_in_training_most_alarms_still_come_before_a_tenth_is_lost() -> None:
+    """A prompt drifts by a sixth of the best gain at each look: the KL shows sooner than the fall that something is
+    wrong."""
+    firsts = {
+        rules: [
+            next(
+                (
+                    n
+                    for n, (state, _, _) in enumerate(states(turning(0.32, seed), rules), start=1)
+                    if state == "hacking"
+                ),
+                21,
+            )
+            for seed in range(40)
         ]
-        assert first <= min(firsts) <= max(firsts) <= last
+        for rules in (Rules(), Rules(kl_growth=None))
+    }
+    early, late = firsts.values()
+    assert np.median(early) <= 12  # 4 % lost
+    assert np.mean(np.array(early) <= 13) > 0.7  # 9 %
+    assert min(early) >= 8
+    assert max(early) <= 15
+    assert np.median(late) >= 16  # 36 %
 
 
 def test_kl_that_buys_a_reward_and_no_judge_is_an_alarm() -> None:
@@ -105,7 +131,7 @@ def test_kl_that_buys_a_reward_and_no_judge_is_an_alarm() -> None:
     for judge, reward, alarm in ((0.94, 2, True), (0.96, 2, False), (0.94, 1, False), (0.94, 0.9, False)):
         now = look(10, kl=16, judge=judge + wobble, reward=reward + wobble[::-1])
         [found] = find(now, base=base, best=best, rules=Rules(fall=0.05, confidence=0.99999, certain=0.99999))[-1:]
-        assert (found.rule, found.alarm, found.certain) == ("kl_growth", alarm, False)
+        assert (found.rule, found.alarm, found.certain) == ("kl_growth", alarm, alarm)
         assert ("while the trained reward rose: +1 [" in found.text) == (reward == 2)
     # A mean gain that may be chance is no peak: prompts that differ by 3 and gain 1, or 0.3.
     split = 1.5 * (-1) ** np.arange(PROMPTS)
@@ -186,7 +212,7 @@ def test_disagreement_and_kl_warn() -> None:
     assert "disagreement" in rules_of(look(5, disagreement=0.3 + wobble), look(0, disagreement=flat))
     assert not rules_of(look(5, disagreement=0.1 + wobble), look(0, disagreement=flat))
     base, best = look(0, judge=flat, reward=flat), look(5, kl=10, judge=1 + wobble, reward=1 + wobble)
-    for kl, rules in ((14, []), (16, ["kl_growth"])):
+    for kl, rules in ((12, []), (13, ["kl_growth"])):
         now = look(10, kl=kl, judge=0.99 + wobble, reward=2 + wobble)
         found = find(now, base=base, best=best, rules=Rules(fall=None))
         assert [each.rule for each in found] == rules

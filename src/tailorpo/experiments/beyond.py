@@ -98,8 +98,8 @@ HACKING = (
 )
 
 ALARM = (
-    _hacking("alone", *_SENTINELS, pace=_PACED, rewards=(*HACKABLE, PREFERENCE)),
-    _hacking("alone, rolled back", *_ROLLBACK, pace=_PACED),
+    _hacking("alone", *_SENTINELS, pace=_PACED),
+    _hacking("alone, rolled back", *_ROLLBACK, pace=_PACED, rewards=(COLOUR,)),
     _hacking("weighted sum", _SUM, *_SENTINELS, pace=_PACED, rewards=(COLOUR,)),
     _hacking("weighted sum, rolled back", _SUM, *_ROLLBACK, pace=_PACED, rewards=(COLOUR,)),
 )
@@ -154,7 +154,7 @@ GRIDS = (
         paper="none",
         statistic="as in hacking; seeds on which neither rules nor pace were chosen (docs/sentinels.md)",
         variants=ALARM,
-        seeds=dict.fromkeys((*HACKABLE, PREFERENCE), (6, 7, 8)),
+        seeds=dict.fromkeys((COLOUR, PREFERENCE), (7, 8, 9)),
         budget=ALARM_BUDGET,
         overrides=(*EVALUATION, *FEWER_PROMPTS),
         reference="alone",

@@ -29,7 +29,7 @@ class Rules:
     Attributes:
         confidence: of the intervals over prompts that a finding needs.
         certain: of the interval at which one look is enough for an alarm; otherwise `confirm` looks in a row are.
-        confirm: how many looks in a row have to agree on an alarm that is not certain.
+        confirm: how many looks in a row have to agree on an alarm that is not certain (a fall, a collapse).
         fall: how far the judge may lie below its best look, as a share of what it had gained there.
         diversity: a warning once the upper end of the share of the base's diversity lies below.
         collapse: an alarm once it lies below this.
@@ -37,7 +37,8 @@ class Rules:
             prompt, unless the judge has risen.
         disagreement: a warning once the share of sibling pictures that the rewards order differently has risen by more.
         kl_growth: a warning once the KL is so many times that of the judge's best look and the judge is no better; an
-            alarm if the trained reward has risen since, and the judge has lost `fall` of a gain that was one.
+            alarm, without waiting for another look, if the trained reward has risen since and the judge has lost `fall`
+            of a gain that was one.
     """
 
     confidence: Level = 0.99
@@ -48,7 +49,7 @@ class Rules:
     collapse: Share | None = 0.5
     drift: Annotated[float, Field(ge=0)] | None = 1.0
     disagreement: Share | None = 0.15
-    kl_growth: Annotated[float, Field(gt=1)] | None = 1.5
+    kl_growth: Annotated[float, Field(gt=1)] | None = 1.25
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -15,17 +15,18 @@ paired difference of a prompt, with Student's interval over prompts:
 Looking again and again, and always against the best of all looks, makes chance findings likelier than the level of one
 interval says. So the n-th look compares with the best at an n-th of the error (Bonferroni over the n looks that the
 best was picked from), and a finding at `confidence` becomes an alarm only in `confirm` looks in a row, or at once where
-it holds at the stricter `certain`. How often that is wrong is simulated in tests/unit/test_sentinel_rules.py: a judge
-whose every prompt wobbles about a plateau, anew at each look, under a reward that rises all the time. The wobble of
-real training is shared between neighbouring looks, which makes chance findings rarer.
+it holds at the stricter `certain`.
 
 A fall of a tenth of the best gain can only be seen before it happens if the interval is narrower than that: more
-prompts make it so. kl_growth does not wait for the interval. By the law of Gao et al. 2022 (arXiv 2210.10760) a judge
-gains d (a - b d), d the root of the KL, so at r times the peak's d it keeps r (2 - r) of its best: 95 % at 1.5 times
-the peak's KL, 90 % at 1.73 times. Before the peak it gains while the KL grows by half, and a reward that stands still,
-too, has bought nothing. In the first looks, before the model has moved, a chance gain would pass for a peak, so the
-gain has to exclude 0 as well, at the modest level `PEAK`. A judge on its plateau under a reward that goes on rising
-does count: that is where to stop.
+prompts make it so. kl_growth does not wait for the interval, nor for a second look, in which the judge may lose more
+than a tenth: three signs have to agree instead. By the law of Gao et al. 2022 (arXiv 2210.10760) a judge gains
+d (a - b d), d the root of the KL: before the peak it gains 12 % while the KL grows by a quarter, at the peak it loses
+1.4 %, and what the miniature's judge loses is more. A reward that stands still, too, has bought nothing. In the first
+looks, before the model has moved, a chance gain would pass for a peak, so the gain has to exclude 0, at the modest
+level `PEAK`. A judge on its plateau under a reward that goes on rising does count: that is where to stop.
+
+How often all that is wrong is simulated in tests/unit/test_sentinel_rules.py: for `fall` with prompts that wobble anew
+at each look, and for all rules together with prompts that drift from look to look as they did in training.
 
 Left out: sequential tests with a guaranteed error over an endless series (alpha spending, e-values), which answer
 later, when there is less to save; and a fit of Gao's law to all looks, whose peak is not known before it is passed.
@@ -215,7 +216,8 @@ def _kl_growth(now: Look, base: Look, best: Look, rules: Rules) -> Finding | Non
     gain = difference(best, base, "judge", confidence=PEAK)
     risen = gain is not None and gain.low is not None and gain.low > 0
     lost = gain is not None and -since.value > (rules.fall or 0.0) * gain.value
-    return Finding("kl_growth", f"{text}, while the trained reward rose: {_change(reward)}", alarm=risen and lost)
+    alarm = risen and lost
+    return Finding("kl_growth", f"{text}, while the trained reward rose: {_change(reward)}", alarm=alarm, certain=alarm)
 
 
 def judged(
