@@ -78,7 +78,7 @@ def test_a_healthy_run_rarely_raises_a_false_alarm(power: float | None, at_most:
 
 
 def turning(noise: float, seed: int, prompts: int = PROMPTS) -> list[Look]:
-    """A judge that gains 2 over ten looks and then loses it again as fast, while the reward rises on; a prompt drifts by
+    """A judge that gains 2 over ten looks and loses it again as fast while the reward rises on; a prompt drifts by
     `noise` a look."""
     rng = np.random.default_rng(seed)
     start, drift = rng.normal(0, 1, prompts), np.zeros(prompts)

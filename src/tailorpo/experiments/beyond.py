@@ -98,7 +98,7 @@ HACKING = (
 )
 
 ALARM = (
-    _hacking("alone", *_SENTINELS, pace=_PACED),
+    _hacking("alone", *_SENTINELS, pace=_PACED, rewards=(COLOUR, PREFERENCE)),
     _hacking("alone, rolled back", *_ROLLBACK, pace=_PACED, rewards=(COLOUR,)),
     _hacking("weighted sum", _SUM, *_SENTINELS, pace=_PACED, rewards=(COLOUR,)),
     _hacking("weighted sum, rolled back", _SUM, *_ROLLBACK, pace=_PACED, rewards=(COLOUR,)),
