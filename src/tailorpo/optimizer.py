@@ -98,7 +98,8 @@ class Learner:
         self._parts.append(loss.detach())  # read in `step`: to read it here would wait for the device
 
     def step(self) -> None:
-        """One optimizer step with the gradient gathered so far, by all processes.
+        """One optimizer step with the gradient gathered so far, by all processes; none without any gradient (under
+        DeepSpeed AdamW makes one even so, by its momentum).
 
         Raises:
             DivergedError: the loss or the gradient is not finite; the parameters are left as they were.
@@ -119,10 +120,11 @@ class Learner:
         norm = float(whole(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), clip)))
         if gradients and not (math.isfinite(loss) and math.isfinite(norm)):
             raise DivergedError(_diverged(loss, norm))
-        self.steps += 1
-        for group in self._adamw.param_groups:
-            group["lr"] = self.lr
-        self._adamw.step()
+        if norm > 0:  # where nothing pulls (every pair masked or tied) Adam would coast on its momentum
+            self.steps += 1
+            for group in self._adamw.param_groups:
+                group["lr"] = self.lr
+            self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
         return norm
 

@@ -269,6 +269,23 @@ def test_a_run_that_does_not_finish_its_pictures_trains_the_same(tmp_path: Path,
     assert all(last[name] == shorter[name] for name in ("loss", "gap", "kl", "by_step"))
 
 
+def test_an_update_in_which_nothing_may_train_leaves_the_weights_alone(tmp_path: Path, tiny_folder: Path) -> None:
+    """Every pair of the later updates is beyond the mask; Adam would coast on its momentum."""
+    algorithm = {"name": "tailorpo", "train_steps": 2, "kl_mask": 1e-9}
+    recipe = write_recipe(tmp_path, tiny_folder, algorithm=algorithm, optimizer={"lr": 1e-2, "weight_decay": 0.1})
+    assert tailorpo("train", recipe, "--out", tmp_path / "run").exit_code == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["grad_norm"] > 0 for row in rows] == [True, False, False]
+    kept = [
+        load_file(tmp_path / "run" / "checkpoints" / f"update-00000{update}" / "tensors.safetensors")
+        for update in (1, 2, 3)
+    ]
+    assert any(tensor.abs().max() > 0 for name, tensor in kept[0].items() if "lora_B" in name and "param" in name)
+    for later in kept[1:]:
+        assert later.keys() == kept[0].keys()
+        assert all((later[name] == tensor).all() for name, tensor in kept[0].items())
+
+
 def test_tensorboard_gets_every_update(tmp_path: Path, tiny_folder: Path) -> None:
     pytest.importorskip("tensorboard")
     recipe = write_recipe(tmp_path, tiny_folder, trackers=["tensorboard"])
