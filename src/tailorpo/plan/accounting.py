@@ -234,7 +234,7 @@ def unit_costs(
     Args:
         calls: the run's.
         measure: of a call.
-        rows: that go through the network together on the way, of which time per row depends.
+        rows: that go through the network together on the way, on which the time of a row depends.
         scored: that are scored together, and differentiated with respect to the latent.
         judge: the evaluation's, if it has one.
     """
@@ -256,7 +256,7 @@ def unit_costs(
             "reward": of(calls.rewards),
             "judge": of([judge] if judge else []),
         }
-        among_scored = per_row(calls.forward, scored)
+        among_scored = found["forward"] if scored == rows else per_row(calls.forward, scored)
     for parameter in calls.model.trainable().values():
         parameter.grad = torch.zeros_like(parameter)
     trains = bool(calls.model.trainable())

@@ -21,9 +21,10 @@ A fall of a tenth of the best gain can only be seen before it happens if the int
 prompts make it so. kl_growth does not wait for the interval, nor for a second look, in which the judge may lose more
 than a tenth: three signs have to agree instead. By the law of Gao et al. 2022 (arXiv 2210.10760) a judge gains
 d (a - b d), d the root of the KL, so at r times the peak's d it keeps r (2 - r) of its best: 95 % at 1.5 times the
-peak's KL, 90 % at 1.73 times; before the peak it gains while the KL grows by half. A reward that stands still, too, has bought nothing. In the first
-looks, before the model has moved, a chance gain would pass for a peak, so the gain has to exclude 0, at the modest
-level `PEAK`. A judge on its plateau under a reward that goes on rising does count: that is where to stop.
+peak's KL, 90 % at 1.73 times; before the peak it gains while the KL grows by half. A reward that stands still, too, has
+bought nothing. In the first looks, before the model has moved, a chance gain would pass for a peak, so the gain has to
+exclude 0, at the modest level `PEAK`. A judge on its plateau under a reward that goes on rising does count: that is
+where to stop.
 
 How often all that is wrong is simulated in tests/unit/test_sentinel_rules.py: for `fall` with prompts that wobble anew
 at each look, and for all rules together with prompts that drift from look to look as they did in training.
