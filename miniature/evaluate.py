@@ -25,7 +25,7 @@ from miniature.rewards import (
     PREFERENCE,
     scores,
 )
-from miniature.sampling import predict_clean, sample
+from miniature.sampling import Trajectory, predict_clean, sample
 from miniature.tiny_vae import load_tiny_vae
 from miniature.tokenizer import make_tokenizer
 from miniature.vae import pictures, psnr
@@ -140,6 +140,16 @@ def pair_accuracy(table: Tensor, concept: np.ndarray, worth: np.ndarray) -> dict
     return share(torch.tensor(flags))
 
 
+def siblings(chain: Trajectory, k: int, rng: torch.Generator) -> list[Tensor]:
+    """Two candidates of step k for every chain, from the Gaussian around what the chain's own latents predict."""
+    alphas = make_scheduler().alphas_cumprod
+    alpha, before = alphas[chain.times[k]], alphas[chain.times[k + 1]]
+    spread = ((1 - before) / (1 - alpha) * (1 - alpha / before)).sqrt()
+    noise = (chain.noisy[k] - alpha.sqrt() * chain.clean[k]) / (1 - alpha).sqrt()
+    mean = before.sqrt() * chain.clean[k] + (1 - before - spread**2).sqrt() * noise
+    return [mean + spread * torch.randn(mean.shape, generator=rng) for _ in range(2)]
+
+
 @torch.no_grad()
 def sibling_gaps(
     model: Denoiser, reward: CLIPModel, *, guidance: float, steps: tuple[int, ...], each: int
@@ -153,18 +163,13 @@ def sibling_gaps(
     prompts = [c.prompt for c in CONCEPTS if c.group == "animal"][: length(45, quick=5)] * each
     ids, found, futures = tokens(make_tokenizer(), prompts), {}, 3
     chain = sample(model, prompts, seed=500, guidance=guidance)
-    alphas, n = make_scheduler().alphas_cumprod, len(prompts)
+    n = len(prompts)
 
     def value(latents: Tensor) -> Tensor:
         return scores(reward, as_images(decode(vae, latents)), ids).diagonal()
 
     for k in steps:
-        # Both siblings are drawn from the Gaussian of step k, around the chain's own latents.
-        t, alpha, before = chain.times[k], alphas[chain.times[k]], alphas[chain.times[k + 1]]
-        spread = ((1 - before) / (1 - alpha) * (1 - alpha / before)).sqrt()
-        noise = (chain.noisy[k] - alpha.sqrt() * chain.clean[k]) / (1 - alpha).sqrt()
-        mean = before.sqrt() * chain.clean[k] + (1 - before - spread**2).sqrt() * noise
-        pair = [mean + spread * torch.randn(mean.shape, generator=rng) for _ in range(2)]
+        pair = siblings(chain, k, rng)
         guessed, ends = [], []
         for candidate in pair:
             runs = [
@@ -177,7 +182,7 @@ def sibling_gaps(
         r = float(torch.corrcoef(torch.stack([gap, true.mean(0)]))[0, 1])
         reach = 1.96 / math.sqrt(n - 3)  # Fisher's transformation
         found[str(k)] = {
-            "time": t,
+            "time": chain.times[k],
             "correlation": round(r, 3),
             "interval_95": [round(math.tanh(math.atanh(r) + sign * reach), 3) for sign in (-1, 1)],
             "ranked_right": share(gap.sign() == true.mean(0).sign()),
@@ -199,18 +204,13 @@ def draft_decoder(model: Denoiser) -> dict[str, object]:
     full, tiny = load_exported()[0], load_tiny_vae()
     reward, rng = load_reward(PREFERENCE.name), torch.Generator().manual_seed(32)
     prompts = [c.prompt for c in CONCEPTS if c.group == "animal"][: length(45, quick=5)] * 2
-    ids, alphas = tokens(make_tokenizer(), prompts), make_scheduler().alphas_cumprod
+    ids = tokens(make_tokenizer(), prompts)
     context = model.text_encoder(ids).last_hidden_state
     empty = model.text_encoder(tokens(make_tokenizer(), [""])).last_hidden_state.expand_as(context)
     chain, found = sample(model, prompts, seed=501, guidance=GUIDANCE), {}
     for k in range(0, 19, 2):
-        t, alpha, before = chain.times[k], alphas[chain.times[k]], alphas[chain.times[k + 1]]
-        spread = ((1 - before) / (1 - alpha) * (1 - alpha / before)).sqrt()
-        noise = (chain.noisy[k] - alpha.sqrt() * chain.clean[k]) / (1 - alpha).sqrt()
-        mean = before.sqrt() * chain.clean[k] + (1 - before - spread**2).sqrt() * noise
         gaps, errors = {"full": torch.zeros(len(prompts)), "tiny": torch.zeros(len(prompts))}, []
-        for sign in (1, -1):
-            candidate = mean + spread * torch.randn(mean.shape, generator=rng)
+        for sign, candidate in zip((1, -1), siblings(chain, k, rng), strict=True):
             time_steps = torch.full((len(prompts),), chain.times[k + 1])
             guess = predict_clean(model, candidate, time_steps, context, empty, guidance=GUIDANCE)
             shown = {"full": full.decode(guess).sample.clamp(-1, 1), "tiny": tiny.decode(guess).sample.clamp(-1, 1)}
@@ -218,7 +218,7 @@ def draft_decoder(model: Denoiser) -> dict[str, object]:
                 gaps[name] += sign * scores(reward, images / 2 + 0.5, ids).diagonal()
             errors.append(((shown["full"] - shown["tiny"]) ** 2).mean((1, 2, 3)) / 4)
         found[str(k)] = {
-            "time": t,
+            "time": chain.times[k],
             "psnr_to_full": round(float((-10 * torch.cat(errors).log10()).mean()), 2),
             "same_order": share(gaps["full"].sign() == gaps["tiny"].sign()),
             "correlation": round(float(torch.corrcoef(torch.stack(list(gaps.values())))[0, 1]), 3),

@@ -53,9 +53,10 @@ def alarm_table(cells: Mapping[str, Sequence[Row]]) -> str | None:
     if len(lines) == 2:
         return None
     note = (
-        "\n\nLooks at 16 prompts with 2 noises after every update. Judge: mean over these prompts, against the"
-        " base model's; each seed's own numbers, with commas between them. Lost at the alarm: judge's best less the"
-        " judge at the first alarm. Kept of: the update whose weights a rollback kept, 0 for the base model."
+        "\n\nJudge: mean over the looks' prompts, against the base model's; each seed's own numbers, with commas"
+        " between them. Lost at the alarm: judge's best less the judge at the first alarm, and as a share of the best"
+        " gain where there was one. KL: nats of the look with the best judge, and of the alarm's. Kept of: the update"
+        " whose weights a rollback kept, 0 for the base model."
     )
     return "\n".join(lines) + note
 
