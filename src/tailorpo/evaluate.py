@@ -274,14 +274,22 @@ def _side_by_side(prompts: Sequence[tuple[Group, str]], drawn: dict[Side, list[_
 
 @dataclass(frozen=True)
 class _Diversity:
+    """A measure of the pictures of one prompt; with `good` only of those whose noises gave both models a good one."""
+
     metric: Metric
     of: Callable[[_Drawn], float]
+    good: bool = False
 
 
 _DIVERSITY = {
     "distance": _Diversity(
         Metric("distance between pictures of a prompt", "diversity"),
         lambda cell: pairwise_distance(torch.stack(cell.features)),
+    ),
+    "distance_good": _Diversity(
+        Metric("distance between good pictures of a prompt", "diversity"),
+        lambda cell: pairwise_distance(torch.stack(cell.features)) if cell.features else math.nan,
+        good=True,
     ),
     "vendi": _Diversity(
         Metric("different pictures of a prompt (Vendi score)", "diversity", "pictures"),
@@ -294,6 +302,16 @@ _DIVERSITY = {
 }
 
 
+def _good_on_both_sides(base: _Drawn, aligned: _Drawn) -> dict[Side, _Drawn]:
+    """The features of the pictures whose noises gave a good one on either side."""
+    both = zip(base.scores["good"], aligned.scores["good"], strict=True)
+    seeds = [seed for seed, (first, second) in enumerate(both) if first == second == 1]
+    return {
+        side: _Drawn(features=[cell.features[seed] for seed in seeds])
+        for side, cell in zip(SIDES, (base, aligned), strict=True)
+    }
+
+
 def _result(
     run: Run, prompts: Sequence[tuple[Group, str]], drawn: dict[Side, list[_Drawn]], meter: Meter
 ) -> dict[str, Any]:
@@ -303,7 +321,11 @@ def _result(
         means = [paired_means(*(drawn[side][index].scores[name] for side in SIDES)) for index in range(len(prompts))]
         values[name] = {"base": [pair[0] for pair in means], "aligned": [pair[1] for pair in means]}
     for name, diversity in _DIVERSITY.items():
-        values[name] = {side: [diversity.of(cell) for cell in drawn[side]] for side in SIDES}
+        if not diversity.good:
+            values[name] = {side: [diversity.of(cell) for cell in drawn[side]] for side in SIDES}
+        elif "good" in drawn["base"][0].scores:
+            pairs = [_good_on_both_sides(*cells) for cells in zip(*(drawn[side] for side in SIDES), strict=True)]
+            values[name] = {side: [diversity.of(pair[side]) for pair in pairs] for side in SIDES}
     spread = {name: within_spread([cell.scores[name] for cell in drawn["base"]]) for name in drawn["base"][0].scores}
     groups = {"seen": ["seen"], "unseen": ["unseen"], "all": ["seen", "unseen"]}
     members = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,6 +120,47 @@ def test_numbers_are_those_of_the_pictures_on_disk(model_folder: Path, tmp_path:
     assert result["groups"]["unseen"]["metrics"]["reward"]["low"] is None  # one prompt has no interval
     assert result["settings"]["judge_held_out"] is True
     assert result["metrics"]["judge"]["role"] == "judge"
+
+
+def test_diversity_among_good_pictures_counts_the_noises_that_gave_both_models_one(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(model_folder, eval={"seeds": 6})
+    first, _ = evaluated(run, tmp_path / "first")
+    assert "distance_good" not in first["groups"]["all"]["metrics"]  # this judge has no threshold
+    scores = [
+        picture["scores"]["judge"][side]
+        for entry in first["prompts"]
+        for picture in entry["pictures"]
+        for side in ("base", "aligned")
+    ]
+    threshold = float(np.quantile(scores, 0.3))
+    assert run.eval.judge is not None
+    monkeypatch.setattr(type(run.eval.judge.load("cpu")), "good_threshold", threshold, raising=False)
+    result, directory = evaluated(run, tmp_path / "run")
+    counts: list[int] = []
+    for entry in result["prompts"]:
+        pictures = entry["pictures"]
+        good = [each for each in pictures if min(each["scores"]["judge"].values()) >= threshold]
+        counts.append(len(good))
+        for side in ("base", "aligned"):
+            value = entry["metrics"]["distance_good"][side]
+            if len(good) < 2:
+                assert value is None
+                continue
+            means = [block_means(load_png(directory.path / each[side]).numpy()) - 0.5 for each in good]
+            expected = np.mean([1 - cosine(a, b) for a, b in itertools.combinations(means, 2)])
+            assert value == pytest.approx(expected, abs=0.005)
+    assert any(2 <= count < 6 for count in counts)
+
+
+def block_means(image: np.ndarray) -> np.ndarray:
+    """(3, 16, 16) to the means of its 2 x 2 blocks, flat."""
+    return image.reshape(3, 8, 2, 8, 2).mean((2, 4)).ravel()
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
 def test_pictures_do_not_depend_on_the_batch_or_the_other_prompts(model_folder: Path, tmp_path: Path) -> None:

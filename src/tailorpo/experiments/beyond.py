@@ -70,6 +70,8 @@ HELD = tuple(
 
 _SUM = f"reward=[{{name: <reward>}}, {{name: {PREFERENCE}}}, {{name: emoji_step_preference}}]"
 _SENTINELS = ("sentinels.every=1", "sentinels.judge={name: emoji_judge}")
+_ALL_PROMPTS = ("sentinels.count=45", "sentinels.batch_size=30")
+"""Looks at every animal instead of 16 of them."""
 _ROLLBACK = (*_SENTINELS, "sentinels.on_alarm=rollback")
 _PUSHED = ("algorithm.beta=0.02", "optimizer.lr=3e-3")
 """Hard enough that a reward that can be hacked is hacked within the budget: at 2e-3 and ten updates, as in `pushed`,
@@ -99,6 +101,7 @@ HACKING = (
 
 ALARM = (
     _hacking("alone", *_SENTINELS, pace=_PACED, rewards=(COLOUR, PREFERENCE)),
+    _hacking("alone, 45 prompts", *_SENTINELS, *_ALL_PROMPTS, pace=_PACED, rewards=(COLOUR, PREFERENCE)),
     _hacking("alone, rolled back", *_ROLLBACK, pace=_PACED, rewards=(COLOUR,)),
     _hacking("weighted sum", _SUM, *_SENTINELS, pace=_PACED, rewards=(COLOUR,)),
     _hacking("weighted sum, rolled back", _SUM, *_ROLLBACK, pace=_PACED, rewards=(COLOUR,)),
