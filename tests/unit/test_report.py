@@ -68,6 +68,18 @@ def test_a_change_that_is_small_beside_the_spread_is_called_slight(tmp_path: Pat
     assert headline(folder) == expected
 
 
+def test_diversity_among_good_pictures_is_told_beside_that_of_all(tmp_path: Path) -> None:
+    folder = fabricate(tmp_path, updates=3, reward_gain=1.2, judge_gain=0.9, diversity_ratio=0.5, pairs=False, seeds=1)
+    evaluation = json.loads((folder / "eval.json").read_text())
+    rows = evaluation["groups"]["all"]["metrics"]
+    rows["distance_good"] = {**rows["distance"], "ratio": 0.97, "ratio_low": None, "ratio_high": None}
+    evaluation["metrics"]["distance_good"] = evaluation["metrics"]["distance"]
+    (folder / "eval.json").write_text(json.dumps(evaluation))
+    page = write_report(RunDirectory(folder)).read_text()
+    assert re.search(r"differ 50.% \[49.%, 50.%\] as much", page)
+    assert re.search(r"Where the same noises gave both models good pictures: 97.%\.", page)
+
+
 def test_an_interval_that_includes_zero_is_called_no_clear_change(tmp_path: Path) -> None:
     folder = fabricate(tmp_path, updates=3, reward_gain=0.02, judge_gain=0.02, pairs=False, seeds=1)
     page = write_report(RunDirectory(folder)).read_text()

@@ -248,12 +248,16 @@ def _good_figure(row: Row) -> Figure:
     return Figure("Good pictures", percent(row["aligned"]), interval, f"{percent(row['base'])} before", _tone(row))
 
 
+def _ratio_interval(row: Row) -> str:
+    low, high = row.get("ratio_low"), row.get("ratio_high")
+    return f"[{percent(low)}, {percent(high)}]" if low is not None and high is not None else ""
+
+
 def _diversity(verdict: Verdict, metrics: Mapping[str, Row | None], settings: Mapping[str, Any]) -> None:
     row = metrics.get("distance")
     if not row or row.get("ratio") is None:
         return
-    ratio, low, high = row["ratio"], row.get("ratio_low"), row.get("ratio_high")
-    interval = f"[{percent(low)}, {percent(high)}]" if low is not None and high is not None else ""
+    ratio, interval = row["ratio"], _ratio_interval(row)
     lost = ratio < DIVERSITY_FLOOR
     embedding = settings["embedding"]
     place = "on reduced pixels" if embedding == "pixels" else f"in the features of {embedding}"
@@ -264,5 +268,9 @@ def _diversity(verdict: Verdict, metrics: Mapping[str, Row | None], settings: Ma
         f"Pictures of one prompt differ {percent(ratio)} {interval} as much as the base model's "
         f"({place})" + (": variety was lost, look at the pictures." if lost else ".")
     )
+    good = metrics.get("distance_good")
+    if good and good.get("ratio") is not None:
+        among = f"{percent(good['ratio'])} {_ratio_interval(good)}".rstrip()
+        verdict.sentences.append(f"Where the same noises gave both models good pictures: {among}.")
     if lost and verdict.tone == "good":
         verdict.tone, verdict.headline = "caution", "The pictures got better by both measures, but vary less."
