@@ -1,7 +1,7 @@
 """The draft decoder: a small autoencoder in TAESD's form that imitates the shipped one, for pictures on the way.
 
 Step rewards and guidance look at the picture behind a predicted clean latent, two for every trained step. The full
-decoder spends most of its time at 64x64 pixels; this one has 16 channels there and one residual block. It learns from
+decoder spends most of its time at 64x64 pixels; this one has 16 channels and no residual block there. It learns from
 the full decoder's own pictures, of the latents it will meet: the base model's guesses at all times under the guidance
 of the recipes, and real pictures' latents, a little disturbed. The encoder, which nothing here uses, learns the way
 back.
@@ -27,7 +27,7 @@ from miniature.vae import CHANNELS, reconstruction_loss
 
 WIDTH = 16
 VIEWS = length(6_144, quick=128)
-STEPS = length(5_000)
+STEPS = length(10_000)
 BATCH = 16
 LR = 3e-3
 GUIDANCE = 1.5
@@ -41,7 +41,7 @@ def make_tiny_vae() -> AutoencoderTiny:
         encoder_block_out_channels=(WIDTH,) * 4,
         decoder_block_out_channels=(WIDTH,) * 4,
         num_encoder_blocks=(0, 1, 1, 1),
-        num_decoder_blocks=(3, 3, 1, 1),
+        num_decoder_blocks=(3, 3, 1, 0),
     )
 
 
