@@ -37,8 +37,8 @@ class Rules:
             prompt, unless the judge has risen.
         disagreement: a warning once the share of sibling pictures that the rewards order differently has risen by more.
         kl_growth: a warning once the KL is so many times that of the judge's best look and the judge is no better; an
-            alarm, without waiting for another look, if the trained reward has risen since and the judge has lost more
-            than `fall` of a gain, neither of them by chance (at 80 %).
+            alarm, without waiting for another look, if the trained reward has risen since and the judge has lost `fall`
+            of a gain that was one.
     """
 
     confidence: Level = 0.99
@@ -49,7 +49,7 @@ class Rules:
     collapse: Share | None = 0.5
     drift: Annotated[float, Field(ge=0)] | None = 1.0
     disagreement: Share | None = 0.15
-    kl_growth: Annotated[float, Field(gt=1)] | None = 1.25
+    kl_growth: Annotated[float, Field(gt=1)] | None = 1.5
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -9,8 +9,8 @@ paired difference of a prompt, with Student's interval over prompts:
     drift          |saturation, edge energy, JPEG size, flat share now - base| in spreads of the base; a warning
     disagreement   sibling pictures that the rewards order differently, now - base; a warning
     kl_growth      KL now / KL at the judge's best look above this, where the judge has gained nothing since; an alarm
-                   where the trained reward has risen for it and the judge has surely gained and surely lost, and more
-                   than `fall` of the gain, at the modest level `PEAK`; otherwise a warning
+                   where the trained reward has risen for it and the judge has lost `fall` of a gain that was one,
+                   otherwise a warning
 
 Looking again and again, and always against the best of all looks, makes chance findings likelier than the level of one
 interval says. So the n-th look compares with the best at an n-th of the error (Bonferroni over the n looks that the
@@ -18,12 +18,13 @@ best was picked from), and a finding at `confidence` becomes an alarm only in `c
 it holds at the stricter `certain`.
 
 A fall of a tenth of the best gain can only be seen before it happens if the interval is narrower than that: more
-prompts make it so. kl_growth asks for less of the interval, and for no second look, in which the judge may lose more
+prompts make it so. kl_growth does not wait for the interval, nor for a second look, in which the judge may lose more
 than a tenth: three signs have to agree instead. By the law of Gao et al. 2022 (arXiv 2210.10760) a judge gains
-d (a - b d), d the root of the KL, so while the KL grows by a quarter it gains 12 % far from its peak, and just behind
-the peak it loses 1.4 %. A reward that stands still, too, has bought nothing. What a few prompts, or the first looks,
-gain and lose again is chance: gain and loss have to exclude 0 at `PEAK`, which many prompts do sooner than few. A judge
-on its plateau under a reward that goes on rising is not called fooled.
+d (a - b d), d the root of the KL, so at r times the peak's d it keeps r (2 - r) of its best: 95 % at 1.5 times the
+peak's KL, 90 % at 1.73 times; before the peak it gains while the KL grows by half. A reward that stands still, too, has
+bought nothing. In the first looks, before the model has moved, a chance gain would pass for a peak, so the gain has to
+exclude 0, at the modest level `PEAK`. A judge on its plateau under a reward that goes on rising does count: that is
+where to stop.
 
 How often all that is wrong is simulated in tests/unit/test_sentinel_rules.py: for `fall` with prompts that wobble anew
 at each look, and for all rules together with prompts that drift from look to look as they did in training.
@@ -45,8 +46,7 @@ Values = list[float | None]
 State = Literal["ok", "warning", "hacking"]
 
 PEAK = 0.8
-"""Confidence at which the judge has to have risen to its best look, and to have fallen since, for a peak of kl_growth's
-to be one."""
+"""Confidence at which the judge's best look has to lie above the base before kl_growth calls it a peak."""
 LOW_LEVEL = {
     "saturation": "saturation",
     "edges": "edge energy",
@@ -207,15 +207,17 @@ def _disagreement(now: Look, base: Look, rules: Rules) -> Finding | None:
 def _kl_growth(now: Look, base: Look, best: Look, rules: Rules) -> Finding | None:
     if rules.kl_growth is None or best.update == 0 or now.kl <= rules.kl_growth * best.kl:
         return None
-    gain, loss = difference(best, base, "judge", confidence=PEAK), difference(best, now, "judge", confidence=PEAK)
-    if gain is None or loss is None or loss.value < 0:
+    since = difference(now, best, "judge", confidence=rules.confidence)
+    if since is None or since.value > 0:
         return None
     text = f"KL went from {best.kl:.3g} to {now.kl:.3g} nats since update {best.update}, and bought no better judge"
     reward = difference(now, best, "reward", confidence=rules.confidence)
     if reward is None or reward.low is None or reward.low <= 0:
         return Finding("kl_growth", text)
-    surely = all(each.low is not None and each.low > 0 for each in (gain, loss))
-    alarm = surely and loss.value > (rules.fall or 0.0) * gain.value
+    gain = difference(best, base, "judge", confidence=PEAK)
+    risen = gain is not None and gain.low is not None and gain.low > 0
+    lost = gain is not None and -since.value > (rules.fall or 0.0) * gain.value
+    alarm = risen and lost
     return Finding("kl_growth", f"{text}, while the trained reward rose: {_change(reward)}", alarm=alarm, certain=alarm)
 
 
