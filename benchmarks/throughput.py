@@ -10,12 +10,12 @@ The networks have random weights (nothing is downloaded): the miniature with its
 (c) samples per second, a sample being what is trained on of one trajectory of 20 steps (of D3PO: of a pair of chains):
         tailorpo   Session.update, everything in it                          30 F +  5 B, 11 pictures scored
                    the same without the pictures' ends (`finish: false`)     28 F +  5 B, 10 pictures scored
+                   the same, KL of one trajectory an update (the default)    45 F of one of them
         naive      a bare loop: a forward per candidate, policy, reference   50 F + 10 B, 11 pictures scored
         d3po       a bare loop in the official schedule                     120 F + 40 B,  2 pictures scored
     once with the tiny decoder (`model.tiny_vae`) for the pictures on the way, once with the full one for all, in every
     schedule alike. The bare loops make model calls and nothing else (no noise, loss, metrics or optimizer), which
-    favours them. The KL of untrained steps is not measured (`kl_measured: 0`; at its default of one trajectory 15 F an
-    update more).
+    favours them. The KL of untrained steps is measured in the third row only (15 F an update, whatever its size).
 (d), (e) peak memory against the plan's, where torch accounts for it (CUDA): one update of TailorPO and TailorPO-G on
     SD 1.5; the plan's phases on SDXL at 1024 x 1024; each also with gradient checkpointing, and with TAESD as well
 
@@ -235,8 +235,10 @@ def speed(device: torch.device, *, micro: int, repeats: int, tiny: bool) -> dict
         steps = {"first": 4, "last": 16, "count": TRAINED}
         cut = recipe(device, micro=micro, tiny=tiny, train_steps=steps, finish=False)
         shorter = session(cut, parts, Path(folder) / "cut")
-        shorter.watch.on = False
-        shorter.session.update(50)
+        logged = session(recipe(device, micro=micro, tiny=tiny, kl_measured=1), parts, Path(folder) / "logged")
+        for other in (shorter, logged):
+            other.watch.on = False
+            other.session.update(50)
 
         def update(number: int) -> float:
             wall, cpu = timed_update(observed, number)
@@ -252,6 +254,7 @@ def speed(device: torch.device, *, micro: int, repeats: int, tiny: bool) -> dict
             taken = {
                 "tailorpo": spent,
                 "tailorpo, no ends": timed(lambda number=51 + repeat: shorter.session.update(number), device),
+                "tailorpo, KL logged": timed(lambda number=51 + repeat: logged.session.update(number), device),
                 "naive": timed(loops.naive, device),
                 "d3po": timed(loops.d3po, device),
                 "tailorpo, bare, network only": timed(loops.minimal, device),
@@ -271,6 +274,7 @@ def speed(device: torch.device, *, micro: int, repeats: int, tiny: bool) -> dict
         "updates_over_raw_calls": [round(one, 3) for one in overheads],
         "against_d3po": times("d3po", "tailorpo"),
         "against_d3po_no_ends": times("d3po", "tailorpo, no ends"),
+        "against_d3po_kl_logged": times("d3po", "tailorpo, KL logged"),
         "against_naive": times("naive", "tailorpo"),
         "against_d3po_network_only": times("d3po, network only", bare),
         "against_naive_network_only": times("naive, network only", bare),
@@ -358,6 +362,7 @@ def main() -> None:
         row("the same, network calls only", "", full[f"against_{key}_network_only"])
     row("over D3PO's, without the pictures' ends, tiny decoder", "", tiny["against_d3po_no_ends"])
     row("the same, full decoder", "", full["against_d3po_no_ends"])
+    row("over D3PO's, KL of one trajectory an update logged, tiny decoder", "", tiny["against_d3po_kl_logged"])
     for each in result["utilisation"]:
         row(f"UNet forward and backward / matrix product, batch {each['batch']:g}", "", each["share_of_matmul"])
     lines += ["", "| peak memory, bfloat16, batch 1, ViT-L/14 reward | goal | predicted | measured on a GPU |"]
