@@ -78,6 +78,8 @@ _PUSHED = ("algorithm.beta=0.02", "optimizer.lr=3e-3")
 colourfulness still did the pictures good."""
 _PACED = ("algorithm.beta=0.02", "optimizer.lr=1e-3")
 """Slow enough that near the judge's peak the KL grows by a quarter between two looks, not by three quarters."""
+_FINER = ("algorithm.beta=0.02", "optimizer.lr=5e-4", "batch={trajectories: 4, micro: 4}")
+"""Half of that once more, by twice as many updates of half the trajectories."""
 
 
 def _hacking(
@@ -102,6 +104,15 @@ HACKING = (
 ALARM = (
     _hacking("alone", *_SENTINELS, pace=_PACED, rewards=(COLOUR, PREFERENCE)),
     _hacking("alone, 45 prompts", *_SENTINELS, *_ALL_PROMPTS, pace=_PACED, rewards=(COLOUR, PREFERENCE)),
+    _hacking(
+        "alone, 45 prompts, half the pace, 1.25",
+        *_SENTINELS,
+        *_ALL_PROMPTS,
+        "sentinels.on_alarm=stop",
+        "sentinels.rules.kl_growth=1.25",
+        pace=_FINER,
+        rewards=(COLOUR, PREFERENCE),
+    ),
     _hacking("alone, rolled back", *_ROLLBACK, pace=_PACED, rewards=(COLOUR,)),
     _hacking("weighted sum", _SUM, *_SENTINELS, pace=_PACED, rewards=(COLOUR,)),
     _hacking("weighted sum, rolled back", _SUM, *_ROLLBACK, pace=_PACED, rewards=(COLOUR,)),
