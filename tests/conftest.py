@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from tailorpo.policy import Policy
 from tailorpo.samplers import DDIM
 
 torch.set_num_threads(1)
+# The same on every machine; what there is to say of a GPU, tests/invariants/test_cuda.py says.
+os.environ.setdefault("TAILORPO_DEVICE", "cpu")
 
 # The same examples every time, and no verdict on speed: a failure is a change, not bad luck on a busy machine.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)

@@ -80,6 +80,7 @@ def start(
     for rank in range(count):
         named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         named |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TAILORPO_DEVICE": "cpu", "RECORDS": folder}
+        named["CUDA_VISIBLE_DEVICES"] = ""  # libraries look for a GPU, and the process was forked
         variables = {name: str(value) for name, value in named.items()} | dict(environment or {})
         process = context().Process(target=_run, args=(work, arguments, prepare, variables, folder / f"{rank}.txt"))
         process.start()

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tailorpo import __version__
 from tailorpo._distributed import pick_device
+from tailorpo.device import repeat_bits
 from tailorpo.errors import TailorpoError, UserError
 from tailorpo.rewards import RewardEntry, Scorer, load_scorer
 from tailorpo.rewards.wire import CONTENT_TYPE, PROTOCOL, Question, encode_answer
@@ -95,7 +96,9 @@ def make_server(entries: Sequence[RewardEntry], *, host: str, port: int) -> Rewa
     Raises:
         UserError: a reward cannot be loaded, or the address is not free.
     """
-    service = RewardService(entries, pick_device())
+    device = pick_device()
+    repeat_bits(device)
+    service = RewardService(entries, device)
     try:
         return RewardServer(service, (host, port))
     except (OSError, OverflowError) as error:

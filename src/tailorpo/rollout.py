@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tailorpo.device import sent
 from tailorpo.errors import UserError
 from tailorpo.futures import Draw, StepReward
 from tailorpo.models import Conditioning
@@ -69,7 +70,7 @@ def start_trajectories(
 ) -> Trajectories:
     """Trajectories at x_0, drawn from each key's own stream."""
     model = policy.model
-    initial = noise.normals(model.latent_shape, keys, "initial").to(model.device)
+    initial = sent(noise.normals(model.latent_shape, keys, "initial"), model.device)
     return Trajectories(prompts, model.encode(prompts), keys, initial)
 
 
@@ -163,7 +164,7 @@ class Branch:
         """The row among the candidates of one drawn for each trajectory, (B,)."""
         count, batch = self.noises.shape[:2]
         draws = [noise.integer(count, *key, "step", self.k, "continue") for key in trajectories.keys]
-        return torch.tensor(draws, device=self.latents.device) * batch + torch.arange(batch, device=self.latents.device)
+        return sent(torch.tensor(draws) * batch + torch.arange(batch), self.latents.device)
 
 
 def rollout_branches(
@@ -250,4 +251,4 @@ def _futures(noise: Noise, trajectories: Trajectories, k: int, *, like: Tensor) 
 
 def step_noise(noise: Noise, trajectories: Trajectories, k: int, *suffix: Key, like: Tensor) -> Tensor:
     """The noise of step k, (B, *like.shape[1:]), from each trajectory's own stream."""
-    return noise.normals(like.shape[1:], trajectories.keys, "step", k, *suffix).to(like.device)
+    return sent(noise.normals(like.shape[1:], trajectories.keys, "step", k, *suffix), like.device)

@@ -27,6 +27,7 @@ from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
 from tailorpo.algorithms.labels import GAP_DECAY
 from tailorpo.algorithms.tailorpo import TailorPO
 from tailorpo.control import adapted, observe
+from tailorpo.device import refusals_in_words, sent
 from tailorpo.keeping import begin_watch, end, look, restore, save
 from tailorpo.metrics import UpdateMetrics
 from tailorpo.models import DiffusionModel
@@ -121,7 +122,7 @@ def train(run: Run, directory: RunDirectory, *, reporter: Reporter, processes: P
     try:
         for update in range(finished, run.updates):
             started = time.perf_counter()
-            with processes.computing():
+            with processes.computing(), refusals_in_words():
                 metrics = session.update(update)
             metrics["seconds"] = time.perf_counter() - started
             ended = look(session, update + 1, metrics)
@@ -275,7 +276,7 @@ class Session:
     def minibatches(self, stored: Sequence[Stored], update: int) -> Iterator[tuple[list[Stored], int]]:
         """The buffer of all processes in shuffled minibatches of rows of one step each, once per inner epoch, in groups
         that make one optimizer step: those minibatches whose rows this process holds, and how many there are in all."""
-        algorithm = self.algorithm
+        algorithm, device = self.algorithm, self.policy.model.device
         sizes = self.processes.gather([len(rows) for rows in stored])
         before = sum(map(len, sizes[: self.processes.rank]))
         owners = [rank for rank, part in enumerate(sizes) for _ in part]
@@ -290,7 +291,8 @@ class Session:
             shuffled = [chunks[i] for i in self.noise.permutation(len(chunks), "minibatches", update, epoch)]
             for start in range(0, len(shuffled), algorithm.accumulate):
                 group = shuffled[start : start + algorithm.accumulate]
-                own = [stored[at].rows(torch.tensor(rows)) for at, rows in group if 0 <= at < len(stored)]
+                here = [(at, sent(torch.tensor(rows), device)) for at, rows in group if 0 <= at < len(stored)]
+                own = [stored[at].rows(rows) for at, rows in here]
                 if self.processes.in_step:
                     most = max(Counter(owners[before + at] for at, _ in group).values())
                     self._keep_pace(most - len(own))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tailorpo.device import sent
 from tailorpo.noise import Noise
 from tailorpo.policy import Policy
 from tailorpo.rollout import Trajectories, walk_chains
@@ -28,13 +29,14 @@ def walk_with_kl(policy: Policy, trajectories: Trajectories, *, noise: Noise, ro
         noise: the run's random numbers.
         rows: which trajectories' KL is measured.
     """
-    index = torch.tensor(list(rows), dtype=torch.long, device=trajectories.latents.device)
+    device = trajectories.latents.device
+    index = sent(torch.tensor(list(rows), dtype=torch.long), device)
     steps: list[Tensor] = []
     for at in walk_chains(policy, trajectories, noise=noise):
         step = at.step.rows(index).gaussian
         if not len(index) or step.std == 0:
-            steps.append(torch.zeros(len(index)))
+            steps.append(torch.zeros(len(index), device=device))
             continue
         reference = policy.reference_step(at.latents[index], at.k, trajectories.cond.rows(index))
-        steps.append(step.kl(reference).cpu())
-    return torch.stack(steps)
+        steps.append(step.kl(reference))
+    return torch.stack(steps).cpu()

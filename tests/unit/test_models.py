@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from peft.tuners.lora import LoraLayer
 from tiny import save_tiny_model, save_tiny_taesd, save_tiny_xl_model, tiny_vae
 from torch import Tensor
 
 from tailorpo.errors import UserError
 from tailorpo.models import Conditioning, LoRA, ModelConfig
+from tailorpo.models.latent import attend_plainly
 from tailorpo.models.source import family_of
 from tailorpo.noise import Noise
 from tailorpo.policy import Policy
@@ -317,6 +319,68 @@ def test_attention_is_torchs_fused_kernel(sdxl: Path) -> None:
     processors = [*model.unet.attn_processors.values(), *model.vae.attn_processors.values()]
     assert processors
     assert {type(each) for each in processors} == {AttnProcessor2_0}
+
+
+def test_the_plain_attention_of_a_gpu_s_decoder_is_the_same_up_to_rounding(sd: Path) -> None:
+    model, plain = load(sd), load(sd)
+    attend_plainly(plain.vae)
+    assert {type(each) for each in plain.vae.attn_processors.values()} == {AttnProcessor}
+    torch.testing.assert_close(plain.decode(latents(model)), model.decode(latents(model)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_the_bits_of_a_prompt_do_not_depend_on_those_encoded_with_it(
+    family: str, sd: Path, sdxl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the rows of a batch do depend on its size; here by a text encoder that says how many it was given."""
+    together, apart = (load(sd if family == "sd" else sdxl, family=family) for _ in range(2))
+    for model in (together, apart):
+        plain = model.encode_texts
+
+        def sized(prompts: Sequence[str], plain: Any = plain) -> tuple[Tensor, ...]:
+            return tuple(each + len(prompts) for each in plain(prompts))
+
+        monkeypatch.setattr(model, "encode_texts", sized)
+    apart.encode(["a dog"])
+    for a, b in zip(vars(together.encode(PROMPTS)).values(), vars(apart.encode(PROMPTS)).values(), strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("targets", ["attention", "attention+conv"])
+def test_in_bfloat16_a_lora_computes_in_bfloat16_and_learns_in_float32(targets: Any, sd: Path) -> None:
+    """Against the float32 network of the same weights, and what is kept for the backward pass against peft's way."""
+    lora = LoRA(rank=2, targets=targets)
+    half, exact = load(sd, lora=lora, dtype="bfloat16"), load(sd, lora=lora)
+    exact.unet.load_state_dict({name: value.float() for name, value in half.unet.state_dict().items()})
+    kept: dict[str, int] = {}
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, model in (("half", half), ("exact", exact), ("peft", load(sd, lora=lora, dtype="bfloat16"))):
+        if name == "peft":
+            for layer in model.unet.modules():
+                if isinstance(layer, LoraLayer):
+                    layer.cast_input_dtype_enabled = True
+        moved(model)
+        kept[name] = 0
+
+        def note(value: Tensor, name: str = name) -> Tensor:
+            kept[name] += value.numel() * value.element_size()
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
+            output = model.predict(latents(model), 500, model.encode(PROMPTS), guidance_scale=1.0)
+        output.square().sum().backward()
+        found[name] = {key: value.grad for key, value in model.trainable().items()}
+    assert {each.dtype for each in half.trainable().values()} == {torch.float32}
+    assert {each.dtype for each in found["half"].values()} == {torch.float32}
+    own, true = (torch.cat([each.flatten() for each in found[name].values()]) for name in ("half", "exact"))
+    assert float(torch.nn.functional.cosine_similarity(own, true, dim=0)) > 0.999
+    assert kept["half"] < 0.9 * kept["peft"]
+
+
+def test_in_float16_a_lora_computes_in_float32_lest_gradients_vanish(sd: Path) -> None:
+    layers = [each for each in load(sd, lora=LoRA(), dtype="float16").unet.modules() if isinstance(each, LoraLayer)]
+    assert layers
+    assert all(each.cast_input_dtype_enabled for each in layers)
 
 
 # Full fine-tuning

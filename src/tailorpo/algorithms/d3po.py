@@ -111,7 +111,7 @@ class ChainPair:
         """A selection of the batch."""
         return replace(
             self,
-            prompts=[self.prompts[int(i)] for i in index],
+            prompts=[self.prompts[i] for i in index.tolist()],
             cond=self.cond.rows(index),
             latents=self.latents[index],
             next_latents=self.next_latents[index],

@@ -69,8 +69,8 @@ class Transition:
         """A selection of the batch."""
         return replace(
             self,
-            prompts=[self.prompts[int(i)] for i in index],
-            keys=[self.keys[int(i)] for i in index],
+            prompts=[self.prompts[i] for i in index.tolist()],
+            keys=[self.keys[i] for i in index.tolist()],
             cond=self.cond.rows(index),
             latents=self.latents[index],
             next_latents=self.next_latents[index],

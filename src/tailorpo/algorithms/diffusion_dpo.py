@@ -33,6 +33,7 @@ from torch import Tensor
 
 from tailorpo.algorithms.base import Cost, Gather, Shown, Stored, Update, alone, common_problems
 from tailorpo.algorithms.d3po import Reduction
+from tailorpo.device import sent
 from tailorpo.gaussian_step import per_sample_sum
 from tailorpo.models import DiffusionModel
 from tailorpo.noise import Key, Noise
@@ -206,13 +207,15 @@ class DiffusionDPO:
         model, count = policy.model, len(keys)
         chosen = torch.tensor([noise.integer(len(pairs), *key, "pair") for key in keys])
         time = torch.tensor([noise.integer(len(model.alphas_cumprod), *key, "time") for key in keys])
-        epsilon = noise.normals(model.latent_shape, keys, "noise").repeat(2, 1, 1, 1).to(model.device)
-        x0 = pairs.pictures[torch.cat([pairs.winner[chosen], pairs.loser[chosen]])].to(model.device)
+        epsilon = sent(noise.normals(model.latent_shape, keys, "noise").repeat(2, 1, 1, 1), model.device)
+        x0 = sent(pairs.pictures[torch.cat([pairs.winner[chosen], pairs.loser[chosen]])], model.device)
         prompts = [side[int(row)] for side in (pairs.prompts_winner, pairs.prompts_loser) for row in chosen]
 
         abar = model.alphas_cumprod[time].repeat(2).view(-1, 1, 1, 1)
-        alpha, sigma = abar.sqrt().float().to(model.device), (1 - abar).sqrt().float().to(model.device)
-        noisy, times, cond = alpha * x0 + sigma * epsilon, time.repeat(2).to(model.device), model.encode(prompts)
+        alpha, sigma, times = (
+            sent(each, model.device) for each in (abar.sqrt().float(), (1 - abar).sqrt().float(), time.repeat(2))
+        )
+        noisy, cond = alpha * x0 + sigma * epsilon, model.encode(prompts)
         target = training_target(x0, epsilon, alpha=alpha, sigma=sigma, kind=model.prediction_type)
         with torch.enable_grad():
             output = policy.predict_plain(noisy, times, cond)

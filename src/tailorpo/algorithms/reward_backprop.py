@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tailorpo.algorithms.base import Cost, Gather, Shown, Stored, Update, alone
+from tailorpo.device import sent
 from tailorpo.noise import Noise
 from tailorpo.policy import Policy
 from tailorpo.rollout import Trajectories, step_noise
@@ -140,7 +141,7 @@ class RewardBackprop:
         if self.truncation == "random":
             depths = [1 + noise.integer(self.last_steps, *key, "truncation") for key in trajectories.keys]
         steps, x = policy.schedule.steps, trajectories.latents
-        depth = torch.tensor(depths, device=x.device).view(-1, 1, 1, 1)
+        depth = sent(torch.tensor(depths), x.device).view(-1, 1, 1, 1)
         for k in range(steps):
             with torch.set_grad_enabled(k >= steps - max(depths)):
                 step = policy.step(x, k, trajectories.cond)

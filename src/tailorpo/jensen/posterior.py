@@ -30,6 +30,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from tailorpo.device import sent
 from tailorpo.gaussian_step import per_sample_sum
 from tailorpo.jensen.settings import POWER_ITERATIONS
 from tailorpo.jensen.siblings import Walk, scores
@@ -110,7 +111,7 @@ def posterior(
     shape, time = walked.latents[k].shape[1:], int(schedule.time[k])
     clean = walked.steps[-1].x0
     with torch.no_grad():
-        noised = alpha * clean + sigma * noise.normals(shape, walked.keys, "noised", k).to(model.device)
+        noised = alpha * clean + sigma * sent(noise.normals(shape, walked.keys, "noised", k), model.device)
         denoising = per_sample_sum((clean - policy.step(noised, k, walked.cond).x0) ** 2)
         x0 = walked.steps[k].x0
         guess = scores(rewards, model.decode_draft(x0), walked.prompts, time=time)
@@ -122,7 +123,7 @@ def posterior(
         (product,) = torch.autograd.grad(predicted, leaf, vector, retain_graph=True)
         return product * (sigma**2 / alpha)
 
-    vectors = [noise.normals(shape, walked.keys, "probe", k, i).sign().to(model.device) for i in range(probes)]
+    vectors = [sent(noise.normals(shape, walked.keys, "probe", k, i).sign(), model.device) for i in range(probes)]
     products = [covariance_times(vector) for vector in vectors]
     trace = torch.stack([per_sample_sum(v * p) for v, p in zip(vectors, products, strict=True)])
     scale = (trace.mean(0).clamp(min=0) / math.prod(shape)).sqrt().clamp(min=LEAST_SCALE)

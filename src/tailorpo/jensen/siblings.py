@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tailorpo.device import sent
 from tailorpo.futures import Lookahead
 from tailorpo.models import Conditioning
 from tailorpo.noise import Key, Noise
@@ -109,7 +110,7 @@ def sibling_values(
     shape = walked.latents[k].shape[1:]
     drawn = [noise.normals(shape, walked.keys, "step", k, "candidate", j) for j in (0, 1)]
     # Row j * S + s is sibling j of state s.
-    siblings = walked.steps[k].gaussian.sample(torch.stack(drawn).to(model.device)).flatten(0, 1)
+    siblings = walked.steps[k].gaussian.sample(sent(torch.stack(drawn), model.device)).flatten(0, 1)
     prompts, cond = [*walked.prompts] * 2, walked.cond.repeat(2)
     if k == schedule.steps - 1:
         final = scores(rewards, model.decode(siblings), prompts, time=None).view(-1, 2, states).transpose(1, 2)
@@ -139,7 +140,7 @@ def _continue(
     rows, which are the siblings, share the noise of each key."""
 
     def drawn(at: int, mean: Tensor) -> Tensor:
-        return noise.normals(mean.shape[1:], keys, "step", at).to(mean.device).repeat(2, *[1] * (mean.ndim - 1))
+        return sent(noise.normals(mean.shape[1:], keys, "step", at), mean.device).repeat(2, *[1] * (mean.ndim - 1))
 
     rows = torch.arange(len(step.x0), device=step.x0.device).repeat_interleave(times)
     gaussian, many = step.rows(rows).gaussian, cond.rows(rows)

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from tailorpo.device import repeat_bits
 from tailorpo.errors import UserError
 from tailorpo.models.source import Family, find_model, find_tiny_vae
 from tailorpo.prediction import PredictionType
@@ -180,7 +181,9 @@ class ModelConfig:
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
         vae_slicing: decode one picture of a batch at a time.
         vae_tiling: decode pictures larger than the VAE was trained at in overlapping tiles; approximate.
-        channels_last: memory layout of the convolutions, which GPUs with tensor cores like.
+        channels_last: memory layout of the convolutions, which some GPUs like.
+        deterministic: on a CUDA GPU use only kernels that give the same bits every time, so that the same seed is the
+            same run, also after a resume; false for rewards with operations that have no such kernel.
     """
 
     family: Family = "sd"
@@ -198,6 +201,7 @@ class ModelConfig:
     vae_slicing: bool = False
     vae_tiling: bool = False
     channels_last: bool = False
+    deterministic: bool = True
 
     def __post_init__(self) -> None:
         if self.full and self.lora is not None:
@@ -231,9 +235,11 @@ class ModelConfig:
         Raises:
             UserError: there is no usable model at `path`.
         """
+        device = torch.device(device)
+        repeat_bits(device, wanted=self.deterministic)
         # diffusers takes seconds to import
         if self.family == "sdxl":
             from tailorpo.models.sdxl import StableDiffusionXL as Model
         else:
             from tailorpo.models.sd import StableDiffusion as Model
-        return Model.load(self, torch.device(device), seed=seed)
+        return Model.load(self, device, seed=seed)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from tailorpo.device import sent
 from tailorpo.models import Conditioning
 from tailorpo.models.latent import LatentDiffusion, token_ids
 
@@ -18,7 +19,7 @@ class StableDiffusion(LatentDiffusion):
 
     def encode_texts(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         ids = token_ids(self.parts.tokenizers[0], prompts)
-        return (self.parts.text_encoders[0](ids.to(self.device))[0],)
+        return (self.parts.text_encoders[0](sent(ids, self.device))[0],)
 
     def conditioning(self, positive: tuple[Tensor, ...], empty: tuple[Tensor, ...]) -> Conditioning:
         return Conditioning(positive[0], empty[0].expand_as(positive[0]))

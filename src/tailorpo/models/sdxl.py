@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from tailorpo.device import sent
 from tailorpo.errors import UserError
 from tailorpo.models import Conditioning, ModelConfig
 from tailorpo.models.latent import LatentDiffusion, token_ids
@@ -41,7 +42,7 @@ class StableDiffusionXL(LatentDiffusion):
         embeddings: list[Tensor] = []
         pooled = torch.empty(0)
         for tokenizer, encoder in zip(self.parts.tokenizers, self.parts.text_encoders, strict=True):
-            output = encoder(token_ids(tokenizer, prompts).to(self.device), output_hidden_states=True)
+            output = encoder(sent(token_ids(tokenizer, prompts), self.device), output_hidden_states=True)
             embeddings.append(output.hidden_states[-2])
             pooled = output[0]  # of the second encoder, whose first output it is
         return torch.cat(embeddings, dim=-1), pooled
@@ -50,7 +51,7 @@ class StableDiffusionXL(LatentDiffusion):
         if self.parts.zeros_for_empty:
             empty = tuple(map(torch.zeros_like, empty))
         size = list(self.picture_shape[1:])
-        sizes = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=self.device)
+        sizes = sent(torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32), self.device)
         return Conditioning(
             positive[0],
             empty[0].expand_as(positive[0]),

@@ -1,6 +1,7 @@
 """What is trained of a denoising network, and the frozen network it is compared with.
 
-    LoRA    two small matrices beside each target; the reference is the same network with them switched off. No copy.
+    LoRA    two small matrices beside each target, kept in float32; in a bfloat16 network they compute in bfloat16. The
+            reference is the same network with them switched off. No copy.
     full    every parameter, kept in float32; the reference is a frozen copy.
 
 Full fine-tuning in bfloat16 keeps float32 master weights and computes under autocast; the copy is stored in bfloat16
@@ -27,6 +28,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft import LoraConfig
 from peft import get_peft_model_state_dict as get_peft_state  # pyright: ignore[reportUnknownVariableType]
 from peft import set_peft_model_state_dict as set_peft_state  # pyright: ignore[reportUnknownVariableType]
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
@@ -148,7 +150,9 @@ class Adapter:
         targets = ATTENTION_MODULES + (CONVOLUTION_MODULES if self.lora.targets == "attention+conv" else [])
         alpha: Any = self.lora.alpha or self.lora.rank  # peft's annotation says int, its arithmetic does not care
         config = LoraConfig(r=self.lora.rank, lora_alpha=alpha, target_modules=targets)
-        with torch.random.fork_rng():  # peft draws its own initialisation from torch's global generator
+        place: Any = self.unet.device
+        # peft draws its own initialisation from torch's global generator of the device.
+        with torch.random.fork_rng([place] if place.type == "cuda" else []):
             self.unet.add_adapter(config, adapter_name=ADAPTER)
         noise = Noise(seed)
         with torch.no_grad():
@@ -160,6 +164,38 @@ class Adapter:
                     # Variance 1 / (3 fan_in), as peft's default initialisation, but drawn from the run's own streams.
                     fan_in = parameter[0].numel()
                     parameter.copy_(noise.normal(parameter.shape, "lora", name) / (3 * fan_in) ** 0.5)
+        if self.unet.dtype == torch.bfloat16:  # in float16 small gradients would be lost
+            for layer in self.unet.modules():
+                if isinstance(layer, LoraLayer):
+                    compute_in_bfloat16(layer)
+
+
+class _Linear(nn.Linear):
+    """Half of a LoRA in float32 that computes in the type of what comes in."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight.to(input.dtype))
+
+
+class _Conv2d(nn.Conv2d):
+    """The same of a convolution's LoRA."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.conv2d(
+            input, self.weight.to(input.dtype), None, self.stride, self.padding, self.dilation, self.groups
+        )
+
+
+def compute_in_bfloat16(layer: LoraLayer) -> None:
+    """Let a LoRA in float32 compute in bfloat16, as the layer that it is added to.
+
+    peft would turn what comes in into float32: four bytes for every two that are kept for the backward pass, and matrix
+    products without tensor cores. The sum is rounded to bfloat16 either way.
+    """
+    layer.cast_input_dtype_enabled = False
+    halves: list[Any] = [layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]]
+    for half in halves:
+        half.__class__ = {nn.Linear: _Linear, nn.Conv2d: _Conv2d}[type(half)]
 
 
 class Full:

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from tailorpo.plan.devices import anything
 from tailorpo.plan.networks import Network, RewardNetwork
 
 Gradient = Literal["none", "weights", "input"]
@@ -140,8 +141,8 @@ class Calls:
         self.guidance_scale = guidance_scale
 
     def latents(self, rows: int, *, gradient: bool = False) -> Tensor:
-        """Anything of the right shape; zeros."""
-        return torch.zeros(rows, *self.model.latent_shape, device=self.model.device, requires_grad=gradient)
+        """Anything of the right shape."""
+        return anything(rows, *self.model.latent_shape, device=self.model.device).requires_grad_(gradient)
 
     def forward(self, rows: int, gradient: Gradient = "none", *, reference: bool = False) -> Tensor:
         """The guided network output, with the graph that the gradient needs."""
@@ -164,7 +165,7 @@ class Calls:
         """One reward of pictures, and the gradient of the pictures."""
         shape, device = (rows, *self.model.picture_shape), "cpu" if reward.loaded else self.model.device
         gradient = gradient and reward.differentiable
-        pictures = torch.zeros(shape, device=device, requires_grad=gradient)
+        pictures = anything(*shape, device=device).requires_grad_(gradient)
         if reward.score is not None:
             _scalar(reward.score, pictures, gradient=gradient)
 

@@ -39,6 +39,7 @@ from tailorpo.models.loading import DTYPES, Parts, quiet
 from tailorpo.models.sd import StableDiffusion
 from tailorpo.models.sdxl import StableDiffusionXL
 from tailorpo.models.source import assets, find_model, find_tiny_vae, layout_of, read_config
+from tailorpo.plan.devices import anything
 from tailorpo.rewards import (
     Aesthetic,
     Brightness,
@@ -93,8 +94,8 @@ class Network:
         shapes: list[tuple[int, ...]] = [(length, int(config["cross_attention_dim"]))]
         if isinstance(model, StableDiffusionXL):  # the pooled embedding comes beside six embedded sizes
             shapes.append((config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"],))
-        nothing = [torch.zeros(1, *shape, device=model.device, dtype=model.dtype) for shape in shapes]
-        return model.conditioning(tuple(each.expand(rows, *each.shape[1:]) for each in nothing), tuple(nothing))
+        texts = [anything(1, *shape, device=model.device).to(model.dtype) for shape in shapes]
+        return model.conditioning(tuple(each.expand(rows, *each.shape[1:]) for each in texts), tuple(texts))
 
     def encode(self) -> None:
         """One prompt through the text encoders."""

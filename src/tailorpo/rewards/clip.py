@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tailorpo.device import sent
 from tailorpo.errors import RewardError
 from tailorpo.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
 from tailorpo.rewards.weights import quiet
@@ -102,7 +103,7 @@ class ClipScorer:
     def _encode(self, prompt: str) -> Tensor:
         """Normalised text features (D,) of one prompt."""
         with torch.no_grad():
-            tokens = torch.tensor([self._tokenize(prompt)], device=self.device)
+            tokens = sent(torch.tensor([self._tokenize(prompt)]), self.device)
             output = self.model.get_text_features(input_ids=tokens, attention_mask=torch.ones_like(tokens))
             features: Tensor = output.pooler_output.float()
             return F.normalize(features[0], dim=-1)

@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tailorpo.device import sent
+
 _EPSILON = 1e-6
 
 
@@ -59,4 +61,5 @@ class Brightness:
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B,), in the dtype of the images; the prompts are not read."""
-        return torch.einsum("bchw,c->b", images, images.new_tensor([0.2126, 0.7152, 0.0722])) / images[0, 0].numel()
+        weights = sent(torch.tensor([0.2126, 0.7152, 0.0722], dtype=images.dtype), images.device)
+        return torch.einsum("bchw,c->b", images, weights) / images[0, 0].numel()

@@ -27,6 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tailorpo.device import sent
 from tailorpo.objectives import disagreement
 from tailorpo.rewards.ensemble import Ensemble, GapScales, own_scale, sibling_gaps
 from tailorpo.rewards.scorer import Reward, Scorer
@@ -83,7 +84,7 @@ class Comparison:
             found[f"gap:{name}"] = gap
             found[f"agreement:{name}"] = (1 + opinion * decision) / 2
             found[f"scale:{name}"] = scale
-        weights = torch.tensor(list(self.weights.values()), device=decision.device)
+        weights = sent(torch.tensor(list(self.weights.values())), decision.device)
         found["disagreement"] = disagreement(torch.stack(gaps), weights)
         found["abstained"] = ((decision == 0) & (opinions > 0)).float()
         return found
@@ -117,7 +118,7 @@ class EnsembleScorer(Scorer):
             time: the network's time at which the pictures were predicted; None for finished ones.
         """
         rows = self._scores(images, prompts, time)
-        weights = torch.tensor([weight for _, weight in self.members], device=images.device)
+        weights = sent(torch.tensor([weight for _, weight in self.members]), images.device)
         gaps, both = sibling_gaps(torch.stack(rows).view(len(rows), siblings, -1))
         scale = self._scale(gaps, both, step="finished" if time is None else str(time))
         used = scale.where(scale > 0, 1).view(len(rows), 1, 1, -1)  # where it is zero, so are the gaps

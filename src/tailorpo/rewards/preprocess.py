@@ -17,11 +17,14 @@ Left out: other filters than bicubic, and Pillow's fixed-point coefficients (22 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from tailorpo.device import sent
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -71,7 +74,10 @@ class Preprocess:
         if self.eight_bit:
             pixels = _to_levels(pixels)
         pixels = self._square(self._resize(pixels))
-        mean, std = (pixels.new_tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        mean, std = (
+            sent(torch.tensor(values, dtype=pixels.dtype), pixels.device).view(1, 3, 1, 1)
+            for values in (self.mean, self.std)
+        )
         return (pixels - mean) / std
 
     def _resize(self, pixels: Tensor) -> Tensor:
@@ -113,7 +119,21 @@ def pillow_bicubic(pixels: Tensor, sides: tuple[int, int], *, eight_bit: bool = 
 
 
 def _bicubic(pixels: Tensor, sides: tuple[int, int], *, antialias: bool) -> Tensor:
-    return F.interpolate(pixels, size=sides, mode="bicubic", antialias=antialias)
+    height, width = pixels.shape[2:]
+    if sides[0] != height:
+        pixels = _resizing(height, sides[0], antialias, pixels.dtype, pixels.device) @ pixels
+    if sides[1] != width:
+        pixels = pixels @ _resizing(width, sides[1], antialias, pixels.dtype, pixels.device).T
+    return pixels
+
+
+@lru_cache(maxsize=64)
+def _resizing(before: int, after: int, antialias: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What bicubic resizing does to each column of pixels, (after, before). As a matrix product it has the same bits
+    every time, which the gradient of torch's own kernel on a GPU has not."""
+    eye = torch.eye(before, dtype=dtype)[None, None]
+    rows = F.interpolate(eye, size=(after, before), mode="bicubic", antialias=antialias)
+    return sent(rows[0, 0], device)
 
 
 def _to_levels(pixels: Tensor) -> Tensor:
