@@ -22,9 +22,7 @@ from tailorpo.errors import UserError
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on `device`, queued after what that device has to do."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def repeat_bits(device: torch.device, *, wanted: bool = True) -> None:

@@ -159,6 +159,7 @@ class Session:
         self.algorithm: Algorithm = run.algorithm
         self.policy = policy
         self.score = score
+        score.patient = True
         self.learner = learner
         self.directory = directory
         self.reporter = reporter
@@ -203,6 +204,7 @@ class Session:
             metrics.add_kl(trajectories.kl)
             metrics.add_final(self.final_reward(trajectories))
 
+        self.score.settle()
         if algorithm.update == "inline":
             self.learner.step()
         else:

@@ -76,9 +76,9 @@ def test_only_the_scores_are_waited_for(
             session.update(21)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    # Once for each step's candidates, and for the picture; what is logged is read after the update.
+    # Of each of the two steps when the next pictures are scored, of the finished ones at once.
     assert [each.partition(":")[0] for each in before[0]] == ["scorer.py"] * 3, before[0]
-    assert len(caught) > 4
+    assert len(caught) > 4  # what is logged is read after it
 
 
 def test_pictures_are_those_of_the_cpu() -> None:

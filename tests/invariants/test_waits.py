@@ -37,7 +37,7 @@ class Reads(TorchDispatchMode):
 
 
 class CountedScorer(Scorer):
-    """Counts calls, each of which may look once at what it returns: the number of pictures without a reward, int64."""
+    """Counts calls, each of which looks once, as the next begins, at the number of pictures without a reward: int64."""
 
     calls = 0
 

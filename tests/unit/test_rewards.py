@@ -244,6 +244,35 @@ def test_scores_that_are_not_finite_stop_or_are_skipped(bad: float) -> None:
     )
 
 
+def test_a_patient_scorer_refuses_pictures_on_the_way_with_the_next_call_or_when_asked() -> None:
+    def sometimes(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return red(images, prompts).masked_fill(torch.tensor([prompt == "a dog" for prompt in prompts]), math.nan)
+
+    scorer, said = Scorer([(Fake(sometimes), 1.0)]), "the first for the prompt 'a dog'"
+    with pytest.raises(RewardError, match=said):  # not patient
+        scorer.at(500)(pictures(), PROMPTS)
+    scorer.patient = True
+    for ask in (
+        scorer.settle,
+        lambda: scorer.at(400)(pictures()[:1], ["a cat"]),
+        lambda: scorer(pictures()[:1], ["a"]),
+    ):
+        assert torch.isnan(scorer.at(500)(pictures(), PROMPTS)).tolist() == [False, True, False, False]
+        with pytest.raises(RewardError, match=said):
+            ask()
+        scorer.settle()  # once is enough
+    with pytest.raises(RewardError, match=said):  # finished pictures are looked at at once
+        scorer(pictures(), PROMPTS)
+
+    skipping = Scorer([(Fake(sometimes), 1.0)], on_invalid="skip")
+    skipping.patient = True
+    for known in (0, 1, 2):
+        skipping.at(500)(pictures(), PROMPTS)
+        assert skipping.invalid == known
+    skipping.settle()
+    assert skipping.invalid == 3
+
+
 def test_pictures_that_are_not_finite_are_the_models_fault_and_never_get_a_number() -> None:
     images = pictures()
     images[1, 0, 0, 0] = math.nan

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ class ChainPair:
         """A selection of the batch."""
         return replace(
             self,
-            prompts=[self.prompts[i] for i in index.tolist()],
+            prompts=[self.prompts[i] for i in cast(list[int], index.tolist())],
             cond=self.cond.rows(index),
             latents=self.latents[index],
             next_latents=self.next_latents[index],

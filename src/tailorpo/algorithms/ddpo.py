@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, pstdev
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -69,8 +69,8 @@ class Transition:
         """A selection of the batch."""
         return replace(
             self,
-            prompts=[self.prompts[i] for i in index.tolist()],
-            keys=[self.keys[i] for i in index.tolist()],
+            prompts=[self.prompts[i] for i in cast(list[int], index.tolist())],
+            keys=[self.keys[i] for i in cast(list[int], index.tolist())],
             cond=self.cond.rows(index),
             latents=self.latents[index],
             next_latents=self.next_latents[index],

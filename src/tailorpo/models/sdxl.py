@@ -50,8 +50,7 @@ class StableDiffusionXL(LatentDiffusion):
     def conditioning(self, positive: tuple[Tensor, ...], empty: tuple[Tensor, ...]) -> Conditioning:
         if self.parts.zeros_for_empty:
             empty = tuple(map(torch.zeros_like, empty))
-        size = list(self.picture_shape[1:])
-        sizes = sent(torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32), self.device)
+        sizes = sent(torch.tensor([[*self.picture_shape[1:], 0, 0, *self.picture_shape[1:]]]).float(), self.device)
         return Conditioning(
             positive[0],
             empty[0].expand_as(positive[0]),

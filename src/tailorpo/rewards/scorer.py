@@ -79,6 +79,10 @@ class Scorer:
         """Pictures scored so far (a picture scored by several members counts once)."""
         self.invalid = 0
         """Pictures whose score was NaN or infinite so far; only `on_invalid="skip"` lets this grow."""
+        self.patient = False
+        """Whether scores of pictures on the way are only looked at when the next are asked for, or by `settle`: a GPU
+        would run dry at each look."""
+        self._unread: tuple[tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor, Sequence[str]], ...] = ()
 
     @property
     def differentiable(self) -> bool:
@@ -133,6 +137,7 @@ class Scorer:
             raise ValueError(f"expected floating images (B, 3, H, W), got {describe(images)}")
         if len(prompts) != len(images):
             raise ValueError(f"{len(images)} pictures came with {len(prompts)} prompts")
+        self.settle()
         gradient = torch.is_grad_enabled() and images.requires_grad
         rewards = [reward for reward, _ in self.members]
         if time is not None:
@@ -149,14 +154,25 @@ class Scorer:
             raise
         wrong = [~torch.isfinite(score.detach()) for score in scores]
         bad = torch.stack([broken, *wrong]).any(dim=0)
-        invalid = int(bad.sum())  # the only wait for the device of a call
-        if invalid and self.on_invalid == "stop":
-            self._refuse_broken(broken, prompts)
-            self._refuse_scores(scores, wrong, images, prompts)
         self.queries += len(images)
-        self.invalid += invalid
+        self._unread = ((bad.sum(), broken, [score.detach() for score in scores], wrong, images.detach(), prompts),)
+        if time is None or not self.patient:
+            self.settle()
         # A row that is infinite in one member is NaN in all: no ranking can be built on half of a sum.
-        return [score.masked_fill(bad, math.nan) for score in scores] if invalid else scores
+        return [score.masked_fill(bad, math.nan) for score in scores]
+
+    def settle(self) -> None:
+        """Count, or refuse, what the last call found that was not a number.
+
+        Raises what `__call__` does of numbers that are not finite.
+        """
+        unread, self._unread = self._unread, ()
+        for count, broken, scores, wrong, images, prompts in unread:
+            invalid = int(count)  # waits for the device
+            if invalid and self.on_invalid == "stop":
+                self._refuse_broken(broken, prompts)
+                self._refuse_scores(scores, wrong, images, prompts)
+            self.invalid += invalid
 
     def _refuse_broken(self, broken: Tensor, prompts: Sequence[str]) -> None:
         if self.on_invalid == "stop" and bool(broken.any()):
