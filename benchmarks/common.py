@@ -149,10 +149,10 @@ def observe_model(run: Run, folder: Path, model: Any, members: Sequence[tuple[Re
     return Observed(session, directory, watch)
 
 
-def save(name: str, result: dict[str, Any]) -> None:
+def save(name: str, result: dict[str, Any], device: torch.device | str = "cpu") -> None:
     """Write results/NAME.json with the kind of machine it was measured on."""
     RESULTS.mkdir(exist_ok=True)
-    machine = {**environment(), "cores": os.cpu_count() or 0, "load_average": round(os.getloadavg()[1], 1)}
+    machine = {**environment(device), "cores": os.cpu_count() or 0, "load_average": round(os.getloadavg()[1], 1)}
     text = json.dumps({"benchmark": name, "machine": machine, **result}, indent=2)
     (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     print(f"written to benchmarks/results/{name}.json")

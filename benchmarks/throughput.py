@@ -1,11 +1,12 @@
 """How fast training is, and how much memory it takes: on the miniature without a GPU, on Stable Diffusion 1.5 with one.
 
-    python benchmarks/throughput.py [--repeats 5] [--device cuda]
+    python benchmarks/throughput.py [--repeats 5] [--device cuda] [--parts speed memory]
 
 The networks have random weights (nothing is downloaded): the miniature with its preference model on a CPU; on a GPU SD
 1.5 at 512 x 512 in bfloat16 with an aesthetic-size reward (ViT-L/14).
 
-(a) UNet forward and backward, operations per second over those of a matrix product, by batch
+(a) UNet forward and backward, operations per second over those of a matrix product, by batch; on a GPU also with
+    channels_last
 (b) time of an update over that of its raw model calls (overhead.py)
 (c) samples per second, a sample being what is trained on of one trajectory of 20 steps (of D3PO: of a pair of chains):
         tailorpo   Session.update, everything in it                          30 F +  5 B, 11 pictures scored
@@ -20,14 +21,17 @@ The networks have random weights (nothing is downloaded): the miniature with its
     SD 1.5; the plan's phases on SDXL at 1024 x 1024; each also with gradient checkpointing, and with TAESD as well
 
 Variants take turns within a run, medians of ratios; times are CPU seconds of this process without a GPU, so that other
-processes disturb least.
+processes disturb least. Results of a CPU and of a GPU are kept apart, those of each part as soon as it is done; the
+table has what there is of both.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
@@ -49,6 +53,7 @@ STEPS, TRAINED = 20, 5
 PROMPTS = ["a cat", "a dog"]
 GOALS = {("sd15", False): 8, ("sd15", True): 12, ("sdxl", False): 24, ("sdxl", True): 24}
 """Peak memory in GiB by architecture and whether it is guided."""
+PARTS = ("utilisation", "speed", "speed_full_decoder", "memory")
 SMALLER = {0: "", 1: ", gradient checkpointing", 2: ", gradient checkpointing, TAESD"}
 SIGMA = {"form": "sigma", "k": 1.0}
 
@@ -73,6 +78,7 @@ def recipe(
     architecture: str = "sd15",
     tiny: bool = False,
     checkpointing: bool = False,
+    channels_last: bool = False,
     **algorithm: Any,
 ) -> Run:
     """TailorPO on the network of the device."""
@@ -87,6 +93,7 @@ def recipe(
                 "lora": {"rank": 4} if gpu else {"rank": 8, "targets": "attention+conv"},
                 "tiny_vae": None if not tiny else "taesd" if gpu else "emoji",
                 "gradient_checkpointing": checkpointing,
+                "channels_last": channels_last,
             },
             "sampler": {"steps": STEPS, "guidance_scale": 5.0},
             "algorithm": {"name": "tailorpo", "train_steps": TRAINED, "kl_measured": 0, **algorithm},
@@ -190,18 +197,21 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
     return clock(device) - started
 
 
-def utilisation(calls: Calls, device: torch.device, *, repeats: int) -> list[dict[str, float]]:
+def utilisation(device: torch.device, *, repeats: int) -> list[dict[str, Any]]:
     """(a)"""
-    dtype: Any = "bfloat16" if device.type == "cuda" else "float32"
-    rows: list[dict[str, float]] = []
-    for batch in (1, 2, 4, 8):
-        # On a CPU the peak is of the moment: the two take turns.
-        work = operations_of_training(batch, device)
-        shares = []
-        for _ in range(repeats + 1):
-            peak = matmul_rate(device, dtype) if device.type == "cuda" else cpu_rate()
-            shares.append(work / timed(lambda batch=batch: calls.forward(batch, "weights"), device) / peak)
-        rows.append({"batch": batch, "share_of_matmul": round(median(shares[1:]), 3)})
+    gpu = device.type == "cuda"
+    rows: list[dict[str, Any]] = []
+    for channels_last in (False, True) if gpu else (False,):
+        calls = build(recipe(device, micro=1, channels_last=channels_last), device).calls
+        for batch in (1, 2, 4, 8, 16) if gpu else (1, 2, 4, 8):
+            # On a CPU the peak is of the moment: the two take turns.
+            work, shares, seconds = operations_of_training(batch, device), list[float](), list[float]()
+            for _ in range(repeats + 1):
+                peak = matmul_rate(device, "bfloat16") if gpu else cpu_rate()
+                seconds.append(timed(lambda calls=calls, batch=batch: calls.forward(batch, "weights"), device))
+                shares.append(work / seconds[-1] / peak)
+            share, second = (round(median(each[1:]), 4) for each in (shares, seconds))
+            rows.append({"batch": batch, "channels_last": channels_last, "share_of_matmul": share, "seconds": second})
     return rows
 
 
@@ -223,8 +233,8 @@ def build(run: Run, device: torch.device | str) -> Parts:
     return Parts.build(run, device, architecture=None if path == "emoji" else path, measure=False)
 
 
-def speed(device: torch.device, *, micro: int, repeats: int, tiny: bool) -> dict[str, Any]:
-    """(b) and (c)"""
+def speed(device: torch.device, *, micro: int, repeats: int, tiny: bool) -> Iterator[dict[str, Any]]:
+    """(b) and (c), after each repeat what there is so far."""
     run = recipe(device, micro=micro, tiny=tiny)
     parts = build(run, device)
     loops = BareLoops(parts.calls, micro)
@@ -264,7 +274,10 @@ def speed(device: torch.device, *, micro: int, repeats: int, tiny: bool) -> dict
             observed.watch.on = True
             for name, value in taken.items():
                 seconds.setdefault(name, []).append(value)
+            yield {"micro": micro, "repeats": repeat + 1, **_ratios(overheads, seconds, micro)}
 
+
+def _ratios(overheads: Sequence[float], seconds: Mapping[str, Sequence[float]], micro: int) -> dict[str, Any]:
     def times(slow: str, fast: str) -> float:
         return round(median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)), 2)
 
@@ -294,7 +307,6 @@ def memory(device: torch.device) -> list[dict[str, Any]]:
     ]
     for title, architecture, guided, small in kinds:
         name = f"{title}, TailorPO{'-G' if guided else ''}{SMALLER[small]}"
-        goal = GOALS[architecture, guided]
         guidance = SIGMA if guided else None
         run = recipe(
             cuda, micro=1, architecture=architecture, checkpointing=small > 0, tiny=small > 1, guidance=guidance
@@ -303,29 +315,83 @@ def memory(device: torch.device) -> list[dict[str, Any]]:
         _, cost = trajectory_cost(run)
         training = phases(run, planned.calls, cost)["collect and train"]
         predicted = sum(planned.standing_bytes(run.optimizer).values()) + peak_bytes(training)
-        measured = None
+        row = {"what": name, "goal": GOALS[architecture, guided], "predicted_bytes": predicted}
         if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            parts = build(run, device)
-            if architecture == "sd15":
-                with TemporaryDirectory() as folder:
-                    observed = session(run, parts, Path(folder) / "run")
-                    observed.watch.on = False
-                    observed.session.update(50)
-                    observed.session.update(51)
-                    del observed
-            else:
-                phases(run, parts.calls, cost)["collect and train"]()
-            measured = torch.cuda.max_memory_allocated()
-            del parts
-        rows.append({"what": name, "goal": goal, "predicted_bytes": predicted, "measured_bytes": measured})
+            row |= most_bytes(run, whole=architecture == "sd15")
+        print(row, flush=True)
+        rows.append(row)
     return rows
+
+
+def most_bytes(run: Run, *, whole: bool) -> dict[str, Any]:
+    """What a GPU's memory held at most, weights included: of two updates, or of the plan's phases."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    parts = build(run, torch.device("cuda"))
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()  # the networks were built in float32
+    try:
+        with TemporaryDirectory() as folder:
+            if whole:
+                observed = session(run, parts, Path(folder) / "run")
+                observed.watch.on = False
+                for update in (50, 51):
+                    observed.session.update(update)
+            else:
+                _, cost = trajectory_cost(run)
+                phases(run, parts.calls, cost)["collect and train"]()
+    except torch.OutOfMemoryError:
+        return {"measured_bytes": None, "failed": "out of memory"}
+    return {
+        "measured_bytes": torch.cuda.max_memory_allocated(),
+        "reserved_bytes": torch.cuda.max_memory_reserved(),
+    }
 
 
 def gibibytes(size: float | None) -> str:
     """In words."""
     return "not measured" if size is None else f"{size / 2**30:.1f} GiB"
+
+
+def table(cpu: dict[str, Any], gpu: dict[str, Any]) -> str:
+    """The results of both, in Markdown."""
+    lines = ["| | goal | CPU, miniature | GPU, SD 1.5 |", "| --- | ---: | ---: | ---: |"]
+
+    def row(what: str, goal: str, part: str, key: str) -> None:
+        other = "speed" if key.endswith("network_only") else part
+        found = [str(result.get(part, result.get(other, {})).get(key, "not measured")) for result in (cpu, gpu)]
+        lines.append(f"| {what} | {goal} | {' | '.join(found)} |")
+
+    row("update / its raw model calls", "<= 1.05", "speed", "update_over_raw_calls")
+    row("the same, full decoder", "<= 1.05", "speed_full_decoder", "update_over_raw_calls")
+    for key, what, goal in (("d3po", "D3PO's official schedule", ">= 4"), ("naive", "naive TailorPO", ">= 1.6")):
+        row(f"samples per second over {what}, tiny decoder", goal, "speed", f"against_{key}")
+        row("the same, full decoder", "", "speed_full_decoder", f"against_{key}")
+        row("the same, network calls only", "", "speed_full_decoder", f"against_{key}_network_only")
+    row("over D3PO's, without the pictures' ends, tiny decoder", "", "speed", "against_d3po_no_ends")
+    row("the same, full decoder", "", "speed_full_decoder", "against_d3po_no_ends")
+    row("over D3PO's, KL of one trajectory an update logged, tiny decoder", "", "speed", "against_d3po_kl_logged")
+    shares = {
+        (each.get("channels_last", False), each["batch"], place): each["share_of_matmul"]
+        for place, result in (("cpu", cpu), ("gpu", gpu))
+        for each in result.get("utilisation", [])
+    }
+    for last, batch in sorted({key[:2] for key in shares}):
+        what = f"UNet forward and backward / matrix product, batch {batch:g}{', channels_last' if last else ''}"
+        goal = ">= 0.55 at the best" if (last, batch) == (False, 1) else ""
+        found = [
+            f"{shares[last, batch, place]:.3g}" if (last, batch, place) in shares else "" for place in ("cpu", "gpu")
+        ]
+        lines.append(f"| {what} | {goal} | {' | '.join(found)} |")
+    lines += ["", "| peak memory, bfloat16, batch 1, ViT-L/14 reward | goal | predicted | measured on a GPU |"]
+    lines.append("| --- | ---: | ---: | ---: |")
+    measured: dict[str, dict[str, Any]] = {each["what"]: each for each in gpu.get("memory", [])}
+    memories: list[dict[str, Any]] = cpu.get("memory") or gpu.get("memory") or []
+    for each in memories:
+        most = measured.get(each["what"], {})
+        found = most.get("failed") or gibibytes(most.get("measured_bytes"))
+        lines.append(f"| {each['what']} | {each['goal']} GiB | {gibibytes(each['predicted_bytes'])} | {found} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -334,46 +400,36 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--micro", type=int, default=2, help="trajectories at once")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    result: dict[str, Any] = {"micro": options.micro, "repeats": options.repeats}
-    for name, tiny in (("speed", True), ("speed_full_decoder", False)):
-        result[name] = speed(device, micro=options.micro, repeats=options.repeats, tiny=tiny)
-        print(result[name], flush=True)
-    run = recipe(device, micro=options.micro)
-    result["utilisation"] = utilisation(build(run, device).calls, device, repeats=options.repeats)
-    print(result["utilisation"], flush=True)
-    result["memory"] = memory(device)
-    place = "GPU, SD 1.5" if device.type == "cuda" else "CPU, miniature"
-    other = "GPU, SD 1.5" if device.type == "cpu" else "CPU, miniature"
-    lines = [f"| | goal | {place} | {other} |", "| --- | ---: | ---: | ---: |"]
+    names = {"cpu": "throughput", "cuda": "throughput_cuda"}
+    kept = {place: load(name) for place, name in names.items()}
+    result = kept[device.type]
+    for part in options.parts:
+        if part == "utilisation":
+            result[part] = utilisation(device, repeats=options.repeats)
+        elif part == "memory":
+            result[part] = memory(device)
+        else:
+            tiny = part == "speed"
+            for found in speed(device, micro=options.micro, repeats=options.repeats, tiny=tiny):
+                result[part] = found
+                save(names[device.type], result, device)
+        print(result[part], flush=True)
+        save(names[device.type], result, device)
+    text = table(kept["cpu"], kept["cuda"])
+    print(text)
+    (RESULTS / "throughput.md").write_text(text, encoding="utf-8")
 
-    def row(what: str, goal: str, value: object) -> None:
-        lines.append(f"| {what} | {goal} | {value} | not measured |")
 
-    tiny, full = result["speed"], result["speed_full_decoder"]
-    row("update / its raw model calls", "<= 1.05", tiny["update_over_raw_calls"])
-    row("the same, full decoder", "<= 1.05", full["update_over_raw_calls"])
-    for key, what, goal in (("d3po", "D3PO's official schedule", ">= 4"), ("naive", "naive TailorPO", ">= 1.6")):
-        row(f"samples per second over {what}, tiny decoder", goal, tiny[f"against_{key}"])
-        row("the same, full decoder", "", full[f"against_{key}"])
-        row("the same, network calls only", "", full[f"against_{key}_network_only"])
-    row("over D3PO's, without the pictures' ends, tiny decoder", "", tiny["against_d3po_no_ends"])
-    row("the same, full decoder", "", full["against_d3po_no_ends"])
-    row("over D3PO's, KL of one trajectory an update logged, tiny decoder", "", tiny["against_d3po_kl_logged"])
-    for each in result["utilisation"]:
-        row(f"UNet forward and backward / matrix product, batch {each['batch']:g}", "", each["share_of_matmul"])
-    lines += ["", "| peak memory, bfloat16, batch 1, ViT-L/14 reward | goal | predicted | measured on a GPU |"]
-    lines.append("| --- | ---: | ---: | ---: |")
-    for each in result["memory"]:
-        sizes = [gibibytes(each[f"{kind}_bytes"]) for kind in ("predicted", "measured")]
-        lines.append(f"| {each['what']} | {each['goal']} GiB | {' | '.join(sizes)} |")
-    table = "\n".join(lines) + "\n"
-    print(table)
-    save("throughput", result)
-    (RESULTS / "throughput.md").write_text(table, encoding="utf-8")
+def load(name: str) -> dict[str, Any]:
+    """The parts of a result that were measured before."""
+    path = RESULTS / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {part: found[part] for part in PARTS if part in found}
 
 
 if __name__ == "__main__":
