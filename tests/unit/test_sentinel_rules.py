@@ -141,6 +141,18 @@ def test_kl_that_buys_a_reward_and_no_judge_is_an_alarm() -> None:
         assert (found.rule, found.alarm) == ("kl_growth", alarm)
 
 
+def test_a_loss_that_its_interval_does_not_exclude_is_no_alarm_where_one_is_asked_for() -> None:
+    """Eight prompts lose 0.1 on average, all alike or one of them alone; the interval tells the two apart."""
+    base = look(0, judge=np.zeros(8), reward=np.zeros(8))
+    best = look(1, kl=10, judge=np.ones(8), reward=np.zeros(8))
+    for losses, alarm in ((np.array([0.1, 0.09] * 4), True), (np.array([0.76, *[0.0] * 7]), False)):
+        now = look(2, kl=12, judge=1 - losses, reward=np.array([0.5, 0.6] * 4))
+        for confidence, expected in ((None, True), (0.8, alarm)):
+            rules = Rules(kl_growth=1.1, loss_confidence=confidence)
+            [found] = [each for each in find(now, base=base, best=best, rules=rules) if each.rule == "kl_growth"]
+            assert found.alarm == expected
+
+
 def test_a_judge_that_falls_from_the_start_is_measured_against_the_base() -> None:
     rng = np.random.default_rng(3)
     start = rng.normal(0, 1, PROMPTS)

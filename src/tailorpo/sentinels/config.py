@@ -39,6 +39,8 @@ class Rules:
         kl_growth: a warning once the KL is so many times that of the judge's best look and the judge is no better; an
             alarm, without waiting for another look, if the trained reward has risen since and the judge has lost `fall`
             of a gain that was one.
+        loss_confidence: of the interval that has to say so, too, for that alarm; null asks for the loss itself alone.
+            With an interval, and prompts enough for a narrow one, kl_growth can be low.
     """
 
     confidence: Level = 0.99
@@ -50,6 +52,7 @@ class Rules:
     drift: Annotated[float, Field(ge=0)] | None = 1.0
     disagreement: Share | None = 0.15
     kl_growth: Annotated[float, Field(gt=1)] | None = 1.5
+    loss_confidence: Level | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)

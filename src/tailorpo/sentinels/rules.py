@@ -217,6 +217,9 @@ def _kl_growth(now: Look, base: Look, best: Look, rules: Rules) -> Finding | Non
     gain = difference(best, base, "judge", confidence=PEAK)
     risen = gain is not None and gain.low is not None and gain.low > 0
     lost = gain is not None and -since.value > (rules.fall or 0.0) * gain.value
+    if rules.loss_confidence is not None:
+        surely = difference(now, best, "judge", confidence=rules.loss_confidence)
+        lost = lost and surely is not None and surely.high is not None and surely.high < 0
     alarm = risen and lost
     return Finding("kl_growth", f"{text}, while the trained reward rose: {_change(reward)}", alarm=alarm, certain=alarm)
 
