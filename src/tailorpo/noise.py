@@ -7,8 +7,8 @@ on the device (numbers are drawn on the CPU and moved afterwards). Therefore the
 in a batch of 1 and of 8, a resumed run continues with the numbers the interrupted one would have drawn, and no state
 of a random number generator has to be saved. torch's global generator is neither read nor seeded.
 
-Left out: drawing on the accelerator. Latents are small (64 kB for SD 1.5); one copy costs less than a result that
-depends on the device.
+Left out: drawing on the accelerator. Latents are small (64 kB for SD 1.5); one copy, which nothing waits for
+(`device.sent`), costs less than a result that depends on the device.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tailorpo.device import refusals_in_words, repeat_bits, sent
-from tailorpo.errors import UserError
+from tailorpo.errors import RewardError, UserError
+from tailorpo.rewards import Scorer
 
 
 @pytest.fixture
@@ -25,6 +26,18 @@ def test_an_operation_that_cannot_repeat_its_bits_is_named_with_what_to_do(stric
         refusals_in_words(),
     ):
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
+
+
+def test_one_inside_a_reward_is_the_rewards(strict: None) -> None:
+    class Putting:
+        name = "putting"
+        differentiable = False
+
+        def __call__(self, images: torch.Tensor, prompts: object) -> torch.Tensor:
+            return torch.zeros(2).put_(torch.tensor([0, 1]), torch.ones(2))
+
+    with pytest.raises(RewardError, match=r"reward 'putting' raised .*model\.deterministic: false"):
+        Scorer([(Putting(), 1.0)])(torch.rand(2, 3, 8, 8), ["a", "b"])
 
 
 def test_other_errors_stay_what_they_are() -> None:
