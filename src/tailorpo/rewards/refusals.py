@@ -31,6 +31,11 @@ def raised(name: str, error: Exception, images: Tensor, prompts: Sequence[str]) 
         f"reward {name!r} raised {type(error).__name__}: {error}\n"
         f"  it was given {describe(images)} and {len(prompts)} prompts, the first {prompts[:1]}\n"
         "  it has to accept any batch size; try it alone on torch.rand(2, 3, 64, 64) and two prompts."
+        + (
+            "\n  model.deterministic: false allows that operation."
+            if "deterministic implementation" in str(error)
+            else ""
+        )
     )
 
 

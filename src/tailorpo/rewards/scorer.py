@@ -17,7 +17,6 @@ from typing import Literal, Protocol, Self, cast, runtime_checkable
 import torch
 from torch import Tensor
 
-from tailorpo.device import refusals_in_words
 from tailorpo.errors import DivergedError, RewardError
 from tailorpo.rewards.refusals import describe, diverged, no_gradient, no_graph, not_finite, raised, wrong_result
 
@@ -195,7 +194,7 @@ def _score(
         raise RewardError(no_gradient(reward.name))
     given = (images if gradient else images.detach()).to(device or images.device)
     try:
-        with torch.set_grad_enabled(gradient), refusals_in_words():
+        with torch.set_grad_enabled(gradient):
             score = cast(object, reward(given, prompts))  # which may be anything
     except RewardError:
         raise
