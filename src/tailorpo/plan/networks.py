@@ -32,6 +32,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from tailorpo.device import repeat_bits
 from tailorpo.errors import UserError
 from tailorpo.models import Conditioning, ModelConfig
 from tailorpo.models.latent import LatentDiffusion
@@ -113,6 +114,7 @@ def build_network(
         UserError: the model's config.json files cannot be used.
     """
     found, title, assumption = _description(config, architecture)
+    repeat_bits(torch.device(device), wanted=config.deterministic)
     xl = "text_encoder_2" in found
     dtype = DTYPES[config.dtype]
     try:
