@@ -118,10 +118,12 @@ def flat(parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.parametrize("method", ["tailorpo", "d3po", "spo", "ddpo"])
 def test_the_same_run_has_the_same_numbers_again(method: str, tmp_path: Path) -> None:
+    """Also where other prompts were encoded first, as by sentinels or in another part of an interrupted run."""
     steps, reward = {"steps": 8, "guidance_scale": 2.0}, {"name": "emoji_preference"}
     run = Run.from_dict(settings("emoji", algorithm={"name": method}, sampler=steps, reward=reward))
     runs: list[list[dict[str, Any]]] = []
     for again in range(2):
         session = session_on("cuda", run, tmp_path / str(again))
+        session.policy.model.encode([["a dog"], ["a horse", "a cat", "a dog"]][again])
         runs.append([session.update(update) for update in range(2)])
     assert runs[0] == runs[1]
