@@ -1,10 +1,10 @@
-"""Three experiments on what this library has beyond the paper, as data.
+"""Five experiments on what this library has beyond the paper, as data.
 
 `beyond` takes TailorPO and TailorPO-G as the other experiments found them best, and changes one thing at a time; the
 last rows put the best of it together. `kl-target` asks of runs three times as long whether a target is held, and what
 that is good for. `hacking` trains on rewards that do not mean what they say: alone, in an ensemble
 with two preference models under every rule, and alone with sentinels. `alarm` asks at a slower pace how early the
-sentinels notice.
+sentinels notice, and `early-alarm`, slower once more and with looks at every prompt, whether a tenth is early enough.
 """
 
 from __future__ import annotations
@@ -104,19 +104,20 @@ HACKING = (
 ALARM = (
     _hacking("alone", *_SENTINELS, pace=_PACED, rewards=(COLOUR, PREFERENCE)),
     _hacking("alone, 45 prompts", *_SENTINELS, *_ALL_PROMPTS, pace=_PACED, rewards=(COLOUR, PREFERENCE)),
-    _hacking(
-        "alone, 45 prompts, half the pace",
-        *_SENTINELS,
-        *_ALL_PROMPTS,
-        "sentinels.on_alarm=stop",
-        "sentinels.rules.kl_growth=1.1",
-        "sentinels.rules.loss_confidence=0.8",
-        pace=_FINER,
-        rewards=(COLOUR, PREFERENCE),
-    ),
     _hacking("alone, rolled back", *_ROLLBACK, pace=_PACED, rewards=(COLOUR,)),
     _hacking("weighted sum", _SUM, *_SENTINELS, pace=_PACED, rewards=(COLOUR,)),
     _hacking("weighted sum, rolled back", _SUM, *_ROLLBACK, pace=_PACED, rewards=(COLOUR,)),
+)
+
+EARLY = (
+    _hacking(
+        "45 prompts, half the pace",
+        *_SENTINELS,
+        *_ALL_PROMPTS,
+        "sentinels.on_alarm=stop",
+        pace=_FINER,
+        rewards=(COLOUR, PREFERENCE),
+    ),
 )
 
 HACKING_BUDGET = 3_840
@@ -173,6 +174,18 @@ GRIDS = (
         budget=ALARM_BUDGET,
         overrides=(*EVALUATION, *FEWER_PROMPTS),
         reference="alone",
+        points=1,
+    ),
+    Grid(
+        name="early-alarm",
+        question="With small steps and looks at every prompt: does it come before a tenth of the best gain is lost?",
+        paper="none",
+        statistic="as in hacking",
+        variants=EARLY,
+        seeds=dict.fromkeys((COLOUR, PREFERENCE), (10, 11, 12)),
+        budget=ALARM_BUDGET,
+        overrides=(*EVALUATION, *FEWER_PROMPTS),
+        reference=None,
         points=1,
     ),
 )

@@ -36,11 +36,9 @@ class Rules:
         drift: a warning once a low-level statistic has moved by more than this many of the base's spreads within a
             prompt, unless the judge has risen.
         disagreement: a warning once the share of sibling pictures that the rewards order differently has risen by more.
-        kl_growth: a warning once the KL is so many times that of the judge's best look and the judge is no better; an
-            alarm, without waiting for another look, if the trained reward has risen since and the judge has lost `fall`
-            of a gain that was one.
-        loss_confidence: of the interval that has to say so, too, for that alarm; null asks for the loss itself alone.
-            With an interval, and prompts enough for a narrow one, kl_growth can be low.
+        turn: an alarm, without waiting for another look, once the interval at this level says that the judge has lost
+            `fall` of a gain that was one, while the KL has grown and the trained reward has risen.
+        kl_growth: a warning once the KL is so many times that of the judge's best look and the judge is no better.
     """
 
     confidence: Level = 0.99
@@ -51,8 +49,8 @@ class Rules:
     collapse: Share | None = 0.5
     drift: Annotated[float, Field(ge=0)] | None = 1.0
     disagreement: Share | None = 0.15
+    turn: Level | None = 0.6
     kl_growth: Annotated[float, Field(gt=1)] | None = 1.5
-    loss_confidence: Level | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -8,9 +8,9 @@ paired difference of a prompt, with Student's interval over prompts:
     diversity      distance within a prompt now / base; a warning below `diversity`, an alarm below `collapse`
     drift          |saturation, edge energy, JPEG size, flat share now - base| in spreads of the base; a warning
     disagreement   sibling pictures that the rewards order differently, now - base; a warning
-    kl_growth      KL now / KL at the judge's best look above this, where the judge has gained nothing since; an alarm
-                   where the trained reward has risen for it and the judge has lost `fall` of a gain that was one,
-                   otherwise a warning
+    turn           judge now - judge at its best look, at a lower level; an alarm where it is below 0 by more than
+                   `fall` of a gain that was one, while the KL has grown and the trained reward has risen for it
+    kl_growth      KL now / KL at the judge's best look above this, where the judge has gained nothing since; a warning
 
 Looking again and again, and always against the best of all looks, makes chance findings likelier than the level of one
 interval says. So the n-th look compares with the best at an n-th of the error (Bonferroni over the n looks that the
@@ -18,13 +18,16 @@ best was picked from), and a finding at `confidence` becomes an alarm only in `c
 it holds at the stricter `certain`.
 
 A fall of a tenth of the best gain can only be seen before it happens if the interval is narrower than that: more
-prompts make it so. kl_growth does not wait for the interval, nor for a second look, in which the judge may lose more
-than a tenth: three signs have to agree instead. By the law of Gao et al. 2022 (arXiv 2210.10760) a judge gains
-d (a - b d), d the root of the KL, so at r times the peak's d it keeps r (2 - r) of its best: 95 % at 1.5 times the
-peak's KL, 90 % at 1.73 times; before the peak it gains while the KL grows by half. A reward that stands still, too, has
-bought nothing. In the first looks, before the model has moved, a chance gain would pass for a peak, so the gain has to
-exclude 0, at the modest level `PEAK`. A judge on its plateau under a reward that goes on rising does count: that is
-where to stop.
+prompts make it so. Where it is not, `fall` speaks late. turn is the early one: at its level a loss is seen at half the
+size or less, and it does not wait for a second look, in which the judge may lose more than a tenth. Chance is kept out
+by what else has to be there: a reward that has surely risen (one that stands still has bought nothing), a loss that is
+a part of what was gained, and a gain that excludes 0 at the modest level `PEAK`, because in the first looks, before
+the model has moved, a chance gain would pass for a peak.
+
+kl_growth follows the law of Gao et al. 2022 (arXiv 2210.10760): a judge gains d (a - b d), d the root of the KL, so at
+r times the peak's d it keeps r (2 - r) of its best: 95 % at 1.5 times the peak's KL; before the peak it gains while the
+KL grows by half. It says that KL is being spent for nothing, also where the judge only stands still. As the alarm it
+was late: it waits for the KL, and behind the peak judges were seen to fall faster than the law has it.
 
 How often all that is wrong is simulated in tests/unit/test_sentinel_rules.py: for `fall` with prompts that wobble anew
 at each look, and for all rules together with prompts that drift from look to look as they did in training.
@@ -46,7 +49,7 @@ Values = list[float | None]
 State = Literal["ok", "warning", "hacking"]
 
 PEAK = 0.8
-"""Confidence at which the judge's best look has to lie above the base before kl_growth calls it a peak."""
+"""Confidence at which the judge's best look has to lie above the base before `turn` calls it a peak."""
 LOW_LEVEL = {
     "saturation": "saturation",
     "edges": "edge energy",
@@ -129,10 +132,11 @@ def find(now: Look, *, base: Look, best: Look | None, rules: Rules, looks: int =
         looks: how many there were up to now, of which the best was picked.
     """
     gained = difference(now, base, "judge", confidence=rules.confidence)
-    vouched = gained is not None and gained.low is not None and gained.low > 0
-    findings = [_fall(now, base, best, rules, looks) if best else None, _diversity(now, base, rules)]
+    vouched = gained is not None and _above(gained)
+    findings = [_fall(now, base, best, rules, looks), _turn(now, base, best, rules)] if best else []
+    findings.append(_diversity(now, base, rules))
     findings += [] if vouched else [_drift(now, base, rules)]
-    findings += [_disagreement(now, base, rules), _kl_growth(now, base, best, rules) if best else None]
+    findings += [_disagreement(now, base, rules), _kl_growth(now, best, rules) if best else None]
     return [finding for finding in findings if finding is not None]
 
 
@@ -159,9 +163,26 @@ def _fall(now: Look, base: Look, best: Look, rules: Rules, looks: int) -> Findin
     surely = difference(now, best, "judge", confidence=strict)
     certain = surely is not None and surely.high is not None and surely.high < 0
     if reward is not None:
-        rose = reward.low is not None and reward.low > 0
-        text += f", while the trained reward {'rose' if rose else 'shows no clear change'}: {_change(reward)}"
+        text += f", while the trained reward {'rose' if _above(reward) else 'shows no clear change'}: {_change(reward)}"
     return Finding("fall", text, alarm=True, certain=certain)
+
+
+def _turn(now: Look, base: Look, best: Look, rules: Rules) -> Finding | None:
+    if rules.turn is None or now.kl <= best.kl:
+        return None
+    loss = difference(now, best, "judge", confidence=rules.turn)
+    gain = difference(best, base, "judge", confidence=PEAK)
+    reward = difference(now, best, "reward", confidence=rules.confidence)
+    if loss is None or gain is None or reward is None or -loss.value <= (rules.fall or 0.0) * gain.value:
+        return None
+    if not (_above(gain) and _above(reward) and loss.high is not None and loss.high < 0):
+        return None
+    text = (
+        f"the held-out judge has turned after update {best.update}: {_change(loss)}, {-loss.value / gain.value:.0%} of"
+        f" what it had gained, while KL went from {best.kl:.3g} to {now.kl:.3g} nats and the trained reward rose:"
+        f" {_change(reward)}"
+    )
+    return Finding("turn", text, alarm=True, certain=True)
 
 
 def _diversity(now: Look, base: Look, rules: Rules) -> Finding | None:
@@ -204,24 +225,14 @@ def _disagreement(now: Look, base: Look, rules: Rules) -> Finding | None:
     return Finding("disagreement", f"the rewards order pictures of one prompt differently more often: {_change(rise)}")
 
 
-def _kl_growth(now: Look, base: Look, best: Look, rules: Rules) -> Finding | None:
+def _kl_growth(now: Look, best: Look, rules: Rules) -> Finding | None:
     if rules.kl_growth is None or best.update == 0 or now.kl <= rules.kl_growth * best.kl:
         return None
     since = difference(now, best, "judge", confidence=rules.confidence)
     if since is None or since.value > 0:
         return None
     text = f"KL went from {best.kl:.3g} to {now.kl:.3g} nats since update {best.update}, and bought no better judge"
-    reward = difference(now, best, "reward", confidence=rules.confidence)
-    if reward is None or reward.low is None or reward.low <= 0:
-        return Finding("kl_growth", text)
-    gain = difference(best, base, "judge", confidence=PEAK)
-    risen = gain is not None and gain.low is not None and gain.low > 0
-    lost = gain is not None and -since.value > (rules.fall or 0.0) * gain.value
-    if rules.loss_confidence is not None:
-        surely = difference(now, best, "judge", confidence=rules.loss_confidence)
-        lost = lost and surely is not None and surely.high is not None and surely.high < 0
-    alarm = risen and lost
-    return Finding("kl_growth", f"{text}, while the trained reward rose: {_change(reward)}", alarm=alarm, certain=alarm)
+    return Finding("kl_growth", text)
 
 
 def judged(
@@ -237,6 +248,11 @@ def judged(
     running = {found.rule: streaks.get(found.rule, 0) + 1 for found in findings if found.alarm}
     alarms = [found.rule for found in findings if found.alarm and (found.certain or running[found.rule] >= confirm)]
     return "hacking" if alarms else "warning" if findings else "ok", alarms, running
+
+
+def _above(interval: Interval) -> bool:
+    """Whether it lies above 0 as a whole."""
+    return interval.low is not None and interval.low > 0
 
 
 def _change(interval: Interval) -> str:
