@@ -183,7 +183,9 @@ def experiment(
     written = results or (own / "results" if changed else committed)
     places = Places(written, own)
     if not isinstance(found, Grid):
-        start = conduct.settings_of(found, recipes=recipes, overrides=settings, sizes=sizes, smoke=quick)
+        start = conduct.settings_of(
+            found, recipes=recipes, overrides=settings, sizes=sizes, results=written, smoke=quick
+        )
         command.print_measurement(found, start, console())
         if not dry_run:
             with display(None) as reporter:

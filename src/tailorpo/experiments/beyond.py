@@ -4,7 +4,7 @@
 last rows put the best of it together. `kl-target` asks of runs three times as long whether a target is held, and what
 that is good for. `hacking` trains on rewards that do not mean what they say: alone, in an ensemble
 with two preference models under every rule, and alone with sentinels. `alarm` asks at a slower pace how early the
-sentinels notice, and `early-alarm`, slower once more and with looks at every prompt, whether a tenth is early enough.
+sentinels notice, and `early-alarm`, slower once more and with looks at many pictures, whether before a tenth is lost.
 """
 
 from __future__ import annotations
@@ -111,9 +111,11 @@ ALARM = (
 
 EARLY = (
     _hacking(
-        "45 prompts, half the pace",
+        "360 pictures, half the pace",
         *_SENTINELS,
         *_ALL_PROMPTS,
+        "sentinels.seeds=8",
+        "sentinels.rules={turn: 0.9, kl_growth: null}",
         "sentinels.on_alarm=stop",
         pace=_FINER,
         rewards=(COLOUR, PREFERENCE),
@@ -178,11 +180,11 @@ GRIDS = (
     ),
     Grid(
         name="early-alarm",
-        question="With small steps and looks at every prompt: does it come before a tenth of the best gain is lost?",
+        question="With small steps and looks at many pictures: does it come before a tenth of the best gain is lost?",
         paper="none",
         statistic="as in hacking",
         variants=EARLY,
-        seeds=dict.fromkeys((COLOUR, PREFERENCE), (10, 11, 12)),
+        seeds=dict.fromkeys((COLOUR, PREFERENCE), (13, 14, 15)),
         budget=ALARM_BUDGET,
         overrides=(*EVALUATION, *FEWER_PROMPTS),
         reference=None,

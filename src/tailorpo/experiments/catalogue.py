@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tailorpo.experiments import beyond, gradient_direction, pair_worth, pushed, step_reward
+from tailorpo.experiments import beyond, diversity_price, gradient_direction, pair_worth, pushed, step_reward
 from tailorpo.experiments.grid import Grid, Variant
 from tailorpo.experiments.measurement import Measurement
 from tailorpo.experiments.protocol import BUDGET, COLOUR, EVALUATION, JPEG, PAPERS_G, PREFERENCE
@@ -352,5 +352,19 @@ MEASUREMENTS = (
         measure=pushed.measure,
         table=pushed.table,
         plot=pushed.plot,
+    ),
+    Measurement(
+        name="diversity-price",
+        question="How much diversity does a gain of the judge cost, even if nothing else is lost?",
+        paper="none",
+        statistic="distance within a prompt against the judge's gain, of the weighted base and of trained models",
+        recipe="emoji_tailorpo.yaml",
+        overrides=("seed=12", "eval.judge={name: emoji_judge}", "eval.batch_size=32"),
+        sizes={"pictures": 32},
+        quick={"pictures": 3},
+        cost=diversity_price.cost,
+        measure=diversity_price.measure,
+        table=diversity_price.table,
+        plot=diversity_price.plot,
     ),
 )

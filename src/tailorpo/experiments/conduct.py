@@ -164,6 +164,7 @@ def settings_of(
     recipes: Path,
     overrides: Sequence[str],
     sizes: Mapping[str, int | None],
+    results: Path,
     smoke: bool,
 ) -> Settings:
     """What a measurement starts from; sizes that are None are its own.
@@ -178,7 +179,7 @@ def settings_of(
     own = measurement.quick if smoke else measurement.sizes
     small = QUICK if smoke else ()
     run = Run.load(recipes / measurement.recipe, [*measurement.overrides, *small, *overrides])
-    return Settings(run=run, sizes={**own, **given})
+    return Settings(run=run, sizes={**own, **given}, results=results)
 
 
 def run_measurement(measurement: Measurement, settings: Settings, places: Places, *, reporter: Reporter) -> None:

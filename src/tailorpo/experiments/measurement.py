@@ -29,10 +29,12 @@ class Settings:
     Attributes:
         run: a recipe with its overrides; its model, sampler, prompts and seed count.
         sizes: how much is measured, by name.
+        results: the folder of the results, for those that look at other experiments'.
     """
 
     run: Run
     sizes: Mapping[str, int]
+    results: Path
 
 
 @dataclass(frozen=True, kw_only=True)

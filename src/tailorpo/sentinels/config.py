@@ -36,9 +36,12 @@ class Rules:
         drift: a warning once a low-level statistic has moved by more than this many of the base's spreads within a
             prompt, unless the judge has risen.
         disagreement: a warning once the share of sibling pictures that the rewards order differently has risen by more.
-        turn: an alarm, without waiting for another look, once the interval at this level says that the judge has lost
-            `fall` of a gain that was one, while the KL has grown and the trained reward has risen.
-        kl_growth: a warning once the KL is so many times that of the judge's best look and the judge is no better.
+        kl_growth: a warning once the KL is so many times that of the judge's best look and the judge is no better; an
+            alarm, without waiting for another look, if the trained reward has risen since and the judge has lost `fall`
+            of a gain that was one.
+        turn: an alarm, without waiting for another look or for the KL, once the interval at this level says that the
+            judge has lost `fall` of its gain, while that gain and a rise of the trained reward since hold at
+            `confidence`. For looks at hundreds of pictures; then kl_growth can be null.
     """
 
     confidence: Level = 0.99
@@ -49,8 +52,8 @@ class Rules:
     collapse: Share | None = 0.5
     drift: Annotated[float, Field(ge=0)] | None = 1.0
     disagreement: Share | None = 0.15
-    turn: Level | None = 0.6
     kl_growth: Annotated[float, Field(gt=1)] | None = 1.5
+    turn: Level | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -8,9 +8,11 @@ paired difference of a prompt, with Student's interval over prompts:
     diversity      distance within a prompt now / base; a warning below `diversity`, an alarm below `collapse`
     drift          |saturation, edge energy, JPEG size, flat share now - base| in spreads of the base; a warning
     disagreement   sibling pictures that the rewards order differently, now - base; a warning
-    turn           judge now - judge at its best look, at a lower level; an alarm where it is below 0 by more than
-                   `fall` of a gain that was one, while the KL has grown and the trained reward has risen for it
-    kl_growth      KL now / KL at the judge's best look above this, where the judge has gained nothing since; a warning
+    kl_growth      KL now / KL at the judge's best look above this, where the judge has gained nothing since; an alarm
+                   where the trained reward has risen for it and the judge has lost `fall` of a gain that was one,
+                   otherwise a warning
+    turn           judge now - judge at its best look, its interval at this level below 0; an alarm where the loss is
+                   more than `fall` of a gain that was surely one, and the trained reward has surely risen for it
 
 Looking again and again, and always against the best of all looks, makes chance findings likelier than the level of one
 interval says. So the n-th look compares with the best at an n-th of the error (Bonferroni over the n looks that the
@@ -18,16 +20,18 @@ best was picked from), and a finding at `confidence` becomes an alarm only in `c
 it holds at the stricter `certain`.
 
 A fall of a tenth of the best gain can only be seen before it happens if the interval is narrower than that: more
-prompts make it so. Where it is not, `fall` speaks late. turn is the early one: at its level a loss is seen at half the
-size or less, and it does not wait for a second look, in which the judge may lose more than a tenth. Chance is kept out
-by what else has to be there: a reward that has surely risen (one that stands still has bought nothing), a loss that is
-a part of what was gained, and a gain that excludes 0 at the modest level `PEAK`, because in the first looks, before
-the model has moved, a chance gain would pass for a peak.
+prompts make it so. kl_growth does not wait for the interval, nor for a second look, in which the judge may lose more
+than a tenth: three signs have to agree instead. By the law of Gao et al. 2022 (arXiv 2210.10760) a judge gains
+d (a - b d), d the root of the KL, so at r times the peak's d it keeps r (2 - r) of its best: 95 % at 1.5 times the
+peak's KL, 90 % at 1.73 times; before the peak it gains while the KL grows by half. A reward that stands still, too, has
+bought nothing. In the first looks, before the model has moved, a chance gain would pass for a peak, so the gain has to
+exclude 0, at the modest level `PEAK`. A judge on its plateau under a reward that goes on rising does count: that is
+where to stop.
 
-kl_growth follows the law of Gao et al. 2022 (arXiv 2210.10760): a judge gains d (a - b d), d the root of the KL, so at
-r times the peak's d it keeps r (2 - r) of its best: 95 % at 1.5 times the peak's KL; before the peak it gains while the
-KL grows by half. It says that KL is being spent for nothing, also where the judge only stands still. As the alarm it
-was late: it waits for the KL, and behind the peak judges were seen to fall faster than the law has it.
+turn waits neither for the KL, of which half as much again is late where a judge falls faster than the law has it, nor
+for a second look. What keeps chance out is the interval, and that the gain and the reward's rise hold at `confidence`.
+That is enough only where a look has hundreds of pictures: on the same noises a picture turns from good to bad and back,
+and with two pictures of each of 45 prompts such a wobble is as large as the tenth that is at stake.
 
 How often all that is wrong is simulated in tests/unit/test_sentinel_rules.py: for `fall` with prompts that wobble anew
 at each look, and for all rules together with prompts that drift from look to look as they did in training.
@@ -49,7 +53,7 @@ Values = list[float | None]
 State = Literal["ok", "warning", "hacking"]
 
 PEAK = 0.8
-"""Confidence at which the judge's best look has to lie above the base before `turn` calls it a peak."""
+"""Confidence at which the judge's best look has to lie above the base before kl_growth calls it a peak."""
 LOW_LEVEL = {
     "saturation": "saturation",
     "edges": "edge energy",
@@ -134,9 +138,9 @@ def find(now: Look, *, base: Look, best: Look | None, rules: Rules, looks: int =
     gained = difference(now, base, "judge", confidence=rules.confidence)
     vouched = gained is not None and _above(gained)
     findings = [_fall(now, base, best, rules, looks), _turn(now, base, best, rules)] if best else []
-    findings.append(_diversity(now, base, rules))
+    findings += [_diversity(now, base, rules)]
     findings += [] if vouched else [_drift(now, base, rules)]
-    findings += [_disagreement(now, base, rules), _kl_growth(now, best, rules) if best else None]
+    findings += [_disagreement(now, base, rules), _kl_growth(now, base, best, rules) if best else None]
     return [finding for finding in findings if finding is not None]
 
 
@@ -168,10 +172,10 @@ def _fall(now: Look, base: Look, best: Look, rules: Rules, looks: int) -> Findin
 
 
 def _turn(now: Look, base: Look, best: Look, rules: Rules) -> Finding | None:
-    if rules.turn is None or now.kl <= best.kl:
+    if rules.turn is None:
         return None
     loss = difference(now, best, "judge", confidence=rules.turn)
-    gain = difference(best, base, "judge", confidence=PEAK)
+    gain = difference(best, base, "judge", confidence=rules.confidence)
     reward = difference(now, best, "reward", confidence=rules.confidence)
     if loss is None or gain is None or reward is None or -loss.value <= (rules.fall or 0.0) * gain.value:
         return None
@@ -179,8 +183,7 @@ def _turn(now: Look, base: Look, best: Look, rules: Rules) -> Finding | None:
         return None
     text = (
         f"the held-out judge has turned after update {best.update}: {_change(loss)}, {-loss.value / gain.value:.0%} of"
-        f" what it had gained, while KL went from {best.kl:.3g} to {now.kl:.3g} nats and the trained reward rose:"
-        f" {_change(reward)}"
+        f" what it had gained, while the trained reward rose: {_change(reward)}"
     )
     return Finding("turn", text, alarm=True, certain=True)
 
@@ -225,14 +228,19 @@ def _disagreement(now: Look, base: Look, rules: Rules) -> Finding | None:
     return Finding("disagreement", f"the rewards order pictures of one prompt differently more often: {_change(rise)}")
 
 
-def _kl_growth(now: Look, best: Look, rules: Rules) -> Finding | None:
+def _kl_growth(now: Look, base: Look, best: Look, rules: Rules) -> Finding | None:
     if rules.kl_growth is None or best.update == 0 or now.kl <= rules.kl_growth * best.kl:
         return None
     since = difference(now, best, "judge", confidence=rules.confidence)
     if since is None or since.value > 0:
         return None
     text = f"KL went from {best.kl:.3g} to {now.kl:.3g} nats since update {best.update}, and bought no better judge"
-    return Finding("kl_growth", text)
+    reward = difference(now, best, "reward", confidence=rules.confidence)
+    if reward is None or not _above(reward):
+        return Finding("kl_growth", text)
+    gain = difference(best, base, "judge", confidence=PEAK)
+    alarm = gain is not None and _above(gain) and -since.value > (rules.fall or 0.0) * gain.value
+    return Finding("kl_growth", f"{text}, while the trained reward rose: {_change(reward)}", alarm=alarm, certain=alarm)
 
 
 def judged(

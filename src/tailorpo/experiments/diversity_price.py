@@ -1,0 +1,226 @@
+"""How much diversity does a gain of the judge cost, even if nothing else is lost?
+
+A model whose pictures of a prompt are partly bad loses distance between them when it stops drawing the bad ones. How
+much of a trained model's loss is that, and how much is collapse? The yardstick is the base model itself, its pictures
+weighted so that their mean judge is the trained model's:
+
+    p_lambda(x | c)  ~  p_base(x | c) exp(lambda J(x, c))
+
+Of all distributions with that mean judge it is the nearest to the base in KL, and what training towards J with a KL
+penalty converges to. From N pictures of a prompt, with w_i ~ exp(lambda J_i), sum w = 1:
+
+    judge     sum_i w_i J_i
+    distance  sum_{i != j} w_i w_j d_ij / sum_{i != j} w_i w_j        d = 1 - cosine of the judge's features
+
+The distance is that of two independent draws, without the pairs of a picture with itself. lambda is shared by all
+prompts; judge and distance are averaged over them and read as gain and share against lambda = 0.
+
+It is no upper bound: a model could keep more than the nearest distribution does, and one that draws a better picture
+from every noise, instead of fewer noises, does. The curve ends where the weights leave fewer than `FEWEST` pictures a
+prompt in effect, 1 / sum w^2; for larger gains its last value stands, which is more than the weighted base would keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tailorpo.experiments.measurement import Lines, Settings, base_policy, described
+from tailorpo.experiments.plots import COLOURS, pyplot
+from tailorpo.experiments.runner import read_results
+from tailorpo.experiments.tables import gains
+from tailorpo.meter import Meter
+from tailorpo.noise import Noise
+from tailorpo.prompts import load_prompts
+from tailorpo.rewards import load_scorer
+from tailorpo.rollout import sample_images
+from tailorpo.statistics import student_interval
+from tailorpo.train import Reporter
+
+COMPARED = ("beyond", "hacking", "alarm", "early-alarm")
+"""Experiments whose trained models are held against the curve."""
+STRENGTHS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
+FEWEST = 8.0
+
+Array = NDArray[np.float64]
+
+
+def cost(settings: Settings) -> int:
+    """Guided network evaluations of drawing the base's pictures."""
+    run = settings.run
+    return len(load_prompts(run.prompts)) * settings.sizes["pictures"] * run.sampler.steps
+
+
+def reweighted(judge: Array, distances: Array, strength: float) -> tuple[float, float, float]:
+    """Judge, distance and effective number of the pictures of one prompt under the weights of a strength.
+
+    Args:
+        judge: (N,).
+        distances: (N, N), symmetric.
+        strength: lambda, per unit of the judge.
+    """
+    weights = np.exp(strength * (judge - judge.max()))
+    weights /= weights.sum()
+    pairs = np.outer(weights, weights)
+    np.fill_diagonal(pairs, 0.0)
+    return float(weights @ judge), float((pairs * distances).sum() / pairs.sum()), float(1 / (weights @ weights))
+
+
+def measure(settings: Settings, folder: Path, reporter: Reporter) -> dict[str, Any]:
+    """Draw the base's pictures prompt after prompt, and hold the results of other experiments against them."""
+    run, pictures = settings.run, settings.sizes["pictures"]
+    policy, noise, prompts = base_policy(run), Noise(run.seed), load_prompts(run.prompts)
+    judge = run.eval.judge
+    assert judge is not None, "the recipe has one"
+    scorer = load_scorer(run.reward, policy.model.device)
+    meter = Meter(scorer, judge.load(policy.model.device), held_out=True, device=policy.model.device)
+    lines = Lines(folder / "prompts.jsonl", {**described(settings), "judge": run.to_dict()["eval"]["judge"]})
+    done = {row["prompt"] for row in lines.rows}
+    reporter.phase("the base model's pictures")
+    for number, prompt in enumerate(prompts):
+        if prompt not in done:
+            keys = [("price", prompt, index) for index in range(pictures)]
+            with torch.no_grad(), policy.model.reference():
+                images = sample_images(
+                    policy, [prompt] * pictures, noise=noise, keys=keys, batch_size=run.eval.batch_size
+                )
+            scores = meter.scores(images, [prompt] * pictures)["judge"].double().numpy()
+            distances = _distances(meter.features(images))
+            curve = [reweighted(scores, distances, strength) for strength in STRENGTHS]
+            lines.add({"prompt": prompt, "curve": [[float(f"{value:.6g}") for value in each] for each in curve]})
+        reporter.step(number + 1, len(prompts))
+    rows = {row["prompt"]: np.array(row["curve"]) for row in lines.rows}
+    return {
+        "sizes": dict(settings.sizes),
+        "prompts": len(prompts),
+        "judge": meter.judge.name if meter.judge else None,
+        "curve": [[float(f"{value:.5g}") for value in each] for each in zip(*_frontier(rows, prompts), strict=True)],
+        "rows": list(_trained(rows, settings.results, run.to_dict()["sampler"])),
+    }
+
+
+def _distances(features: Tensor) -> Array:
+    rows = torch.nn.functional.normalize(features.double().cpu(), dim=-1).numpy()
+    return 1.0 - rows @ rows.T
+
+
+def _frontier(curves: dict[str, Array], prompts: Sequence[str]) -> tuple[Array, Array, Array]:
+    """Gain of the judge, share of the distance and effective pictures by strength, over some of the prompts."""
+    means = np.mean([curves[prompt] for prompt in prompts], axis=0)
+    means = means[means[:, 2] >= min(FEWEST, means[0, 2])]
+    return means[:, 0] - means[0, 0], means[:, 1] / means[0, 1], means[:, 2]
+
+
+def _trained(curves: dict[str, Array], results: Path, sampler: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every variant of the compared experiments whose judge has gained on average, on its own prompts."""
+    for name in COMPARED:
+        cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for cell in read_results(results / f"{name}.json")["cells"]:
+            seen = _seen(cell)
+            if cell["settings"]["sampler"] == sampler and seen and set(seen) <= set(curves):
+                cells.setdefault((cell["reward"], cell["variant"]), []).append(cell)
+        for (reward, variant), runs in sorted(cells.items()):
+            found = [
+                each for run in sorted(runs, key=lambda cell: cell["seed"]) if (each := _held_against(run, curves))
+            ]
+            if found and np.mean([each["gain"] for each in found]) > 0:
+                yield {"experiment": name, "reward": reward, "variant": variant, "seeds": found}
+
+
+def _seen(cell: dict[str, Any]) -> list[str]:
+    data = cell["evaluation"]
+    return [prompt for prompt, group in zip(data["prompts"], data["groups"], strict=True) if group == "seen"]
+
+
+def _held_against(cell: dict[str, Any], curves: dict[str, Array]) -> dict[str, float] | None:
+    """One run's gain and kept share, and what the weighted base keeps at that gain; None without a judge."""
+    gain = gains([cell], measure="judge")
+    sides = [gains([cell], measure="distance", side=side) for side in ("aligned", "base")]
+    if gain is None or sides[0] is None or sides[1] is None:
+        return None
+    xs, ys, _ = _frontier(curves, _seen(cell))
+    # np.interp holds the ends: left of 0 the base itself is the yardstick.
+    return {
+        "seed": cell["seed"],
+        "gain": float(f"{gain.mean():.5g}"),
+        "kept": float(f"{sides[0].mean() / sides[1].mean():.5g}"),
+        "price": float(f"{np.interp(gain.mean(), xs, ys):.5g}"),
+    }
+
+
+def table(content: dict[str, Any]) -> str:
+    """The curve at round gains, and the trained models against it."""
+    gain, share, effective = (np.array(each) for each in zip(*content["curve"], strict=True))
+    marks = [mark / 10 for mark in range(1, 15) if mark / 10 <= gain[-1]]
+    head = ["gain of the judge", "0.0", *(f"{mark:.1f}" for mark in marks)]
+    kept = ["distance kept", "100 %", *(f"{100 * np.interp(mark, gain, share):.0f} %" for mark in marks)]
+    left = ["effective pictures", *(f"{np.interp(mark, gain, effective):.0f}" for mark in (0.0, *marks))]
+    lines = [_row(each) for each in (head, ["---"] * len(head), kept, left)]
+    intro = (
+        f"The base model's pictures weighted by its judge: {content['sizes']['pictures']} of each of"
+        f" {content['prompts']} prompts."
+    )
+    if not content["rows"]:
+        return "\n".join([intro, "", *lines]) + "\n"
+    head = ["experiment", "trained on", "", "seeds", "judge, gain", "diversity kept", "the weighted base keeps"]
+    head.append("of that, mean [interval over seeds]")
+    rows = [_row(head), _row(["---"] * len(head))]
+    for row in content["rows"]:
+        means = [float(np.mean([seed[name] for seed in row["seeds"]])) for name in ("gain", "kept", "price")]
+        rows.append(
+            _row(
+                [
+                    row["experiment"],
+                    row["reward"],
+                    row["variant"],
+                    str(len(row["seeds"])),
+                    f"{means[0]:+.3f}",
+                    *(f"{100 * mean:.0f} %" for mean in means[1:]),
+                    _share(row["seeds"]),
+                ]
+            )
+        )
+    note = (
+        "Seen prompts, two pictures each. Diversity kept: distance between pictures of a prompt, of the base's on the"
+        " same noises. The weighted base keeps: the curve over the same prompts at each seed's own gain of the judge."
+        " Variants whose judge gained nothing on average are left out."
+    )
+    return "\n".join([intro, "", *lines, "", *rows, "", note]) + "\n"
+
+
+def _share(seeds: Sequence[dict[str, float]]) -> str:
+    share = student_interval([seed["kept"] / seed["price"] for seed in seeds], confidence=0.95)
+    ends = "" if share.low is None or share.high is None else f" [{100 * share.low:.0f}, {100 * share.high:.0f}]"
+    return f"{100 * share.value:.0f}{ends} %"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def plot(content: dict[str, Any], path: Path) -> None:
+    """Share of the diversity against the gain of the judge: the curve, and every seed of the trained models."""
+    plt = pyplot()
+    gain, share, _ = (np.array(each) for each in zip(*content["curve"], strict=True))
+    figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    axis.plot(gain, share, color="black", linewidth=2, label="the base's pictures, weighted by the judge")
+    axis.plot(gain, 0.9 * share, color="black", linewidth=0.8, linestyle=":", label="nine tenths of that")
+    for name, colour in zip(COMPARED, COLOURS, strict=False):
+        seeds = [seed for row in content["rows"] if row["experiment"] == name for seed in row["seeds"]]
+        if seeds:
+            xs, ys = ([seed[key] for seed in seeds] for key in ("gain", "kept"))
+            axis.plot(xs, ys, "o", color=colour, markersize=4, alpha=0.8, label=f"{name}, one run each")
+    axis.axhline(1.0, color="0.7", linewidth=0.8)
+    axis.set_xlabel("gain of the judge, seen prompts")
+    axis.set_ylabel("distance between pictures of a prompt,\nshare of the base's")
+    axis.set_ylim(bottom=0)
+    axis.legend(frameon=False, fontsize=8, loc="lower left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
