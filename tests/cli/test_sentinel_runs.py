@@ -57,7 +57,7 @@ def first_alarm(watched: Path) -> tuple[int, int]:
     """At which update the alarm comes, and at which the judge was best before."""
     row = next(row for row in rows(watched) if row["sentinel"]["state"] == "hacking")
     assert row["sentinel"]["best"]["update"] < row["update"] < 5
-    assert row["sentinel"]["alarms"] == ["fall"]  # turn asks for a gain that two prompts cannot show
+    assert row["sentinel"]["alarms"] == ["fall"]  # kl_growth asks for a gain that two prompts cannot show
     return row["update"], row["sentinel"]["best"]["update"]
 
 

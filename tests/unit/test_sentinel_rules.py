@@ -68,7 +68,7 @@ def drifting(power: float | None, seed: int) -> list[Look]:
     return looks
 
 
-@pytest.mark.parametrize(("power", "at_most"), [(0.5, 0.08), (0.25, 0.15), (None, 0.05)])
+@pytest.mark.parametrize(("power", "at_most"), [(0.5, 0.15), (0.25, 0.25), (None, 0.05)])
 def test_a_healthy_run_rarely_raises_a_false_alarm(power: float | None, at_most: float) -> None:
     """The judge gains with the root of the KL (Gao's law, far from the peak), only with the fourth root, or stands on a
     plateau with everything else."""
@@ -101,7 +101,7 @@ def test_an_alarm_comes_before_a_tenth_of_the_best_gain_is_lost_where_the_noise_
 
 
 def test_with_prompts_that_drift_as_in_training_half_of_the_alarms_still_come_before_a_tenth_is_lost() -> None:
-    """A prompt drifts by a sixth of the best gain at each look: `turn` sees sooner than `fall` that something is
+    """A prompt drifts by a sixth of the best gain at each look: the KL shows sooner than the fall that something is
     wrong."""
     firsts = {
         rules: [
@@ -115,16 +115,33 @@ def test_with_prompts_that_drift_as_in_training_half_of_the_alarms_still_come_be
             )
             for seed in range(40)
         ]
-        for rules in (Rules(), Rules(turn=None))
+        for rules in (Rules(), Rules(kl_growth=None))
     }
     early, late = firsts.values()
     assert np.median(early) <= 13  # 9 % lost
-    assert min(early) >= 7
+    assert min(early) >= 9
     assert max(early) <= 16
     assert np.median(late) >= 16  # 36 %
 
 
-def turns(now: Look, base: Look, best: Look, *, level: float | None = 0.6) -> list[Finding]:
+def test_kl_that_buys_a_reward_and_no_judge_is_an_alarm() -> None:
+    flat, wobble = np.zeros(PROMPTS), 0.01 * (-1) ** np.arange(PROMPTS)
+    base, best = look(0, judge=flat, reward=flat), look(5, kl=10, judge=1 + wobble, reward=1 + wobble)
+    for judge, reward, alarm in ((0.94, 2, True), (0.96, 2, False), (0.94, 1, False), (0.94, 0.9, False)):
+        now = look(10, kl=16, judge=judge + wobble, reward=reward + wobble[::-1])
+        [found] = find(now, base=base, best=best, rules=Rules(fall=0.05, confidence=0.99999, certain=0.99999))[-1:]
+        assert (found.rule, found.alarm, found.certain) == ("kl_growth", alarm, alarm)
+        assert ("while the trained reward rose: +1 [" in found.text) == (reward == 2)
+    # A mean gain that may be chance is no peak: prompts that differ by 3 and gain 1, or 0.3.
+    split = 1.5 * (-1) ** np.arange(PROMPTS)
+    for mean, alarm in ((1.0, True), (0.3, False)):
+        best = look(5, kl=10, judge=mean + split, reward=1 + wobble)
+        now = look(10, kl=16, judge=0.9 * mean + split, reward=2 + wobble[::-1])
+        [found] = find(now, base=base, best=best, rules=Rules(confidence=0.99999, certain=0.99999))[-1:]
+        assert (found.rule, found.alarm) == ("kl_growth", alarm)
+
+
+def turns(now: Look, base: Look, best: Look, *, level: float | None = 0.8) -> list[Finding]:
     """What `turn` alone has to say."""
     found = find(now, base=base, best=best, rules=Rules(turn=level))
     return [each for each in found if each.rule == "turn"]
@@ -133,26 +150,23 @@ def turns(now: Look, base: Look, best: Look, *, level: float | None = 0.6) -> li
 def test_a_judge_that_turns_while_the_reward_rises_is_an_alarm_at_once() -> None:
     flat, wobble = np.zeros(PROMPTS), 0.01 * (-1) ** np.arange(PROMPTS)
     base, best = look(0, judge=flat, reward=flat), look(5, kl=10, judge=1 + wobble, reward=1 + wobble)
-    for kl, judge, reward, alarm in (
-        (11, 0.94, 2, True),
-        (10, 0.94, 2, False),  # nothing was spent
-        (11, 0.96, 2, False),  # less than `fall` is lost
-        (11, 0.94, 1, False),  # the reward stands still
-        (11, 0.94, 0.9, False),
+    for judge, reward, alarm in (
+        (0.94, 2, True),
+        (0.96, 2, False),  # less than `fall` is lost
+        (0.94, 1, False),  # the reward stands still
+        (0.94, 0.9, False),
     ):
-        now = look(6, kl=kl, judge=judge + wobble, reward=reward + wobble[::-1])
+        now = look(6, kl=10.1, judge=judge + wobble, reward=reward + wobble[::-1])
         found = turns(now, base, best)
         assert [(each.alarm, each.certain) for each in found] == [(True, True)] * alarm
         if alarm:
             assert found[0].text.startswith("the held-out judge has turned after update 5: -0.06 [")
-            assert "6% of what it had gained, while KL went from 10 to 11 nats and the trained reward rose: +1 [" in (
-                found[0].text
-            )
+            assert "6% of what it had gained, while the trained reward rose: +1 [" in found[0].text
         assert not turns(now, base, best, level=None)
         assert not turns(now, base, base)
 
 
-def test_a_mean_gain_that_may_be_chance_is_no_peak() -> None:
+def test_turn_asks_for_a_gain_that_was_surely_one() -> None:
     """Prompts that differ by 3 and gain 1.5, or 0.9: t is 3.9 and 2.3, for which 99 % asks 2.95."""
     split, wobble = 1.5 * (-1) ** np.arange(PROMPTS), 0.01 * (-1) ** np.arange(PROMPTS)
     base = look(0, judge=np.zeros(PROMPTS), reward=np.zeros(PROMPTS))
@@ -162,15 +176,53 @@ def test_a_mean_gain_that_may_be_chance_is_no_peak() -> None:
         assert bool(turns(now, base, best)) == alarm
 
 
-def test_a_loss_that_its_interval_does_not_exclude_is_no_turn() -> None:
+def test_turn_asks_for_a_loss_that_its_interval_excludes() -> None:
     """Eight prompts lose 0.1 on average, all alike or one of them alone; the interval tells the two apart."""
     base = look(0, judge=np.zeros(8), reward=np.zeros(8))
     best = look(1, kl=10, judge=np.ones(8), reward=np.zeros(8))
     for losses, alarm in ((np.array([0.1, 0.09] * 4), True), (np.array([0.76, *[0.0] * 7]), False)):
         now = look(2, kl=12, judge=1 - losses, reward=np.array([0.5, 0.6] * 4))
-        assert bool(turns(now, base, best, level=0.8)) == alarm
-        # t = 1 on 7 degrees of freedom: exactly the interval at 64.9 %.
+        assert bool(turns(now, base, best)) == alarm
+        # One of eight alone is t = 1 on 7 degrees of freedom, the end of the interval at 64.9 %.
         assert turns(now, base, best, level=0.64)
+
+
+def slowly(drift: float, seed: int, *, healthy: bool) -> list[Look]:
+    """60 looks at 45 prompts, each of which drifts by `drift` from look to look. Healthy: judge +0.72 with the root of
+    the KL. Otherwise the KL grows by 10 % a look and the judge by Gao's law to +0.4 at look 40, behind which it falls
+    half as fast again."""
+    rng = np.random.default_rng(seed)
+    start, judge, reward = rng.normal(0, 1, 45), np.zeros(45), np.zeros(45)
+    looks = [look(0, judge=start, reward=start)]
+    for number in range(1, 61):
+        far = number / 60 if healthy else 1.05 ** (number - 40)
+        gain = 0.72 * far if healthy else 0.4 - (0.6 if far > 1 else 0.4) * (far - 1) ** 2
+        judge = judge + drift * min(1, number / 8) * rng.normal(size=45)
+        reward = reward + 0.55 * drift * min(1, number / 8) * rng.normal(size=45)
+        values = {"judge": start + gain + judge, "reward": start + (0.53 if healthy else 30) * far + reward}
+        looks.append(look(number, kl=70 * far**2, **values))
+    return looks
+
+
+def lost_at_the_alarm(looks: list[Look], rules: Rules) -> float:
+    """As a share of the best gain seen until then; 1 without an alarm."""
+    judge = np.array([np.mean(each.values["judge"]) for each in looks])
+    for number, (state, _, _) in enumerate(states(looks, rules), start=1):
+        if state == "hacking":
+            best = judge[:number].max()
+            return float((best - judge[number]) / (best - judge[0]))
+    return 1.0
+
+
+def test_with_many_pictures_a_turn_is_seen_before_a_tenth_is_lost_and_with_few_it_is_not() -> None:
+    """A prompt's mean over 8 pictures drifts half as far as over 2, and that decides."""
+    rules, runs = Rules(turn=0.8, kl_growth=None), range(20)
+    many, few = (
+        [lost_at_the_alarm(slowly(drift, seed, healthy=False), rules) < 0.1 for seed in runs] for drift in (0.04, 0.08)
+    )
+    assert sum(many) >= 18
+    assert sum(few) <= 12
+    assert [lost_at_the_alarm(slowly(0.04, seed, healthy=True), rules) for seed in runs] == [1.0] * 20
 
 
 def test_a_judge_that_falls_from_the_start_is_measured_against_the_base() -> None:
@@ -245,7 +297,7 @@ def test_disagreement_and_kl_warn() -> None:
     base, best = look(0, judge=flat, reward=flat), look(5, kl=10, judge=1 + wobble, reward=1 + wobble)
     for kl, rules in ((14, []), (16, ["kl_growth"])):
         now = look(10, kl=kl, judge=0.99 + wobble, reward=2 + wobble)
-        found = find(now, base=base, best=best, rules=Rules(fall=None, turn=None))
+        found = find(now, base=base, best=best, rules=Rules(fall=None))
         assert [each.rule for each in found] == rules
     assert not find(look(10, kl=99, judge=1.01 + wobble, reward=flat), base=base, best=best, rules=Rules())
 

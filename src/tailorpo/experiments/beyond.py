@@ -115,7 +115,7 @@ EARLY = (
         *_SENTINELS,
         *_ALL_PROMPTS,
         "sentinels.seeds=8",
-        "sentinels.rules={turn: 0.9, kl_growth: null}",
+        "sentinels.rules={turn: 0.8, kl_growth: null}",
         "sentinels.on_alarm=stop",
         pace=_FINER,
         rewards=(COLOUR, PREFERENCE),
