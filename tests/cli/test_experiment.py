@@ -28,7 +28,7 @@ def test_the_list_names_every_experiment_of_the_page() -> None:
     output = tailorpo("experiment", "--list").output
     page = (ROOT / "docs" / "experiments.md").read_text()
     names = [line.split()[2] for line in page.splitlines() if line.startswith("<!-- experiment:")]
-    assert len(names) == 17
+    assert len(names) == 19
     listed = [line.split()[0] for line in output.splitlines()[1:] if line and not line.startswith(" ")]
     assert listed == names
 
@@ -51,7 +51,7 @@ def test_methods_in_quick_trains_evaluates_and_is_then_finished(tmp_path: Path, 
     assert "begun" not in tailorpo(*asked).output
 
 
-@pytest.mark.parametrize("name", ["step-reward", "gradient-direction", "pair-worth", "pushed"])
+@pytest.mark.parametrize("name", ["step-reward", "gradient-direction", "pair-worth", "pushed", "diversity-price"])
 def test_measurements_in_quick(name: str, tmp_path: Path, tiny_folder: Path) -> None:
     result = tailorpo("experiment", name, f"model.path={tiny_folder}", "--quick", *RECIPES, "--work", tmp_path)
     assert result.exit_code == 0, result.output

@@ -13,11 +13,12 @@ penalty converges to. From N pictures of a prompt, with w_i ~ exp(lambda J_i), s
     distance  sum_{i != j} w_i w_j d_ij / sum_{i != j} w_i w_j        d = 1 - cosine of the judge's features
 
 The distance is that of two independent draws, without the pairs of a picture with itself. lambda is shared by all
-prompts; judge and distance are averaged over them and read as gain and share against lambda = 0.
+prompts; judge and distance are averaged over them and read as gain and share against lambda = 0, with a bootstrap over
+prompts for the share at that gain.
 
 It is no upper bound: a model could keep more than the nearest distribution does, and one that draws a better picture
-from every noise, instead of fewer noises, does. The curve ends where the weights leave fewer than `FEWEST` pictures a
-prompt in effect, 1 / sum w^2; for larger gains its last value stands, which is more than the weighted base would keep.
+from every noise, instead of fewer noises, does. The curve ends where the weights leave less than `LEAST` of the
+pictures in effect, 1 / sum w^2; for larger gains its last value stands, more than the weighted base would keep.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tailorpo.errors import UserError
 from tailorpo.experiments.measurement import Lines, Settings, base_policy, described
 from tailorpo.experiments.plots import COLOURS, pyplot
 from tailorpo.experiments.runner import read_results
-from tailorpo.experiments.tables import gains
+from tailorpo.experiments.tables import gains, kept
 from tailorpo.meter import Meter
 from tailorpo.noise import Noise
 from tailorpo.prompts import load_prompts
@@ -46,9 +48,9 @@ from tailorpo.train import Reporter
 COMPARED = ("beyond", "hacking", "alarm", "early-alarm")
 """Experiments whose trained models are held against the curve."""
 STRENGTHS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
-FEWEST = 8.0
+LEAST, RESAMPLES = 0.25, 2000
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating[Any]]
 
 
 def cost(settings: Settings) -> int:
@@ -73,13 +75,17 @@ def reweighted(judge: Array, distances: Array, strength: float) -> tuple[float, 
 
 
 def measure(settings: Settings, folder: Path, reporter: Reporter) -> dict[str, Any]:
-    """Draw the base's pictures prompt after prompt, and hold the results of other experiments against them."""
+    """Draw the base's pictures prompt after prompt, and hold the results of other experiments against them.
+
+    Raises:
+        UserError: there is no judge.
+    """
     run, pictures = settings.run, settings.sizes["pictures"]
     policy, noise, prompts = base_policy(run), Noise(run.seed), load_prompts(run.prompts)
-    judge = run.eval.judge
-    assert judge is not None, "the recipe has one"
-    scorer = load_scorer(run.reward, policy.model.device)
-    meter = Meter(scorer, judge.load(policy.model.device), held_out=True, device=policy.model.device)
+    if run.eval.judge is None:
+        raise UserError("diversity-price weights pictures by the held-out judge, and there is none: set eval.judge")
+    device = policy.model.device
+    meter = Meter(load_scorer(run.reward, device), run.eval.judge.load(device), held_out=True, device=device)
     lines = Lines(folder / "prompts.jsonl", {**described(settings), "judge": run.to_dict()["eval"]["judge"]})
     done = {row["prompt"] for row in lines.rows}
     reporter.phase("the base model's pictures")
@@ -95,13 +101,13 @@ def measure(settings: Settings, folder: Path, reporter: Reporter) -> dict[str, A
             curve = [reweighted(scores, distances, strength) for strength in STRENGTHS]
             lines.add({"prompt": prompt, "curve": [[float(f"{value:.6g}") for value in each] for each in curve]})
         reporter.step(number + 1, len(prompts))
-    rows = {row["prompt"]: np.array(row["curve"]) for row in lines.rows}
+    curves = {row["prompt"]: np.array(row["curve"]) for row in lines.rows}
     return {
         "sizes": dict(settings.sizes),
         "prompts": len(prompts),
-        "judge": meter.judge.name if meter.judge else None,
-        "curve": [[float(f"{value:.5g}") for value in each] for each in zip(*_frontier(rows, prompts), strict=True)],
-        "rows": list(_trained(rows, settings.results, run.to_dict()["sampler"])),
+        "judge": run.eval.judge.name,
+        "curve": _curve(curves, prompts),
+        "rows": list(trained(curves, settings.results, run.to_dict()["sampler"])),
     }
 
 
@@ -113,11 +119,23 @@ def _distances(features: Tensor) -> Array:
 def _frontier(curves: dict[str, Array], prompts: Sequence[str]) -> tuple[Array, Array, Array]:
     """Gain of the judge, share of the distance and effective pictures by strength, over some of the prompts."""
     means = np.mean([curves[prompt] for prompt in prompts], axis=0)
-    means = means[means[:, 2] >= min(FEWEST, means[0, 2])]
+    means = means[means[:, 2] >= LEAST * means[0, 2]]
     return means[:, 0] - means[0, 0], means[:, 1] / means[0, 1], means[:, 2]
 
 
-def _trained(curves: dict[str, Array], results: Path, sampler: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _curve(curves: dict[str, Array], prompts: Sequence[str]) -> list[list[float]]:
+    """By strength: it, the judge's gain, the share kept with its 95 % interval, and the effective pictures."""
+    rng = np.random.default_rng(0)
+    chosen: list[list[int]] = rng.integers(len(prompts), size=(RESAMPLES, len(prompts))).tolist()
+    drawn = [_frontier(curves, [prompts[index] for index in row]) for row in chosen]
+    gain, share, effective = _frontier(curves, prompts)
+    others = np.stack([np.interp(gain, xs, ys) for xs, ys, _ in drawn])
+    low, high = np.quantile(others, (0.025, 0.975), axis=0)
+    rows = np.stack([np.array(STRENGTHS[: len(gain)]), gain, share, low, high, effective], axis=1)
+    return [[float(f"{value:.5g}") for value in row] for row in rows]
+
+
+def trained(curves: dict[str, Array], results: Path, sampler: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Every variant of the compared experiments whose judge has gained on average, on its own prompts."""
     for name in COMPARED:
         cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -140,31 +158,29 @@ def _seen(cell: dict[str, Any]) -> list[str]:
 
 def _held_against(cell: dict[str, Any], curves: dict[str, Array]) -> dict[str, float] | None:
     """One run's gain and kept share, and what the weighted base keeps at that gain; None without a judge."""
-    gain = gains([cell], measure="judge")
-    sides = [gains([cell], measure="distance", side=side) for side in ("aligned", "base")]
-    if gain is None or sides[0] is None or sides[1] is None:
+    gain, share = gains([cell], measure="judge"), kept([cell])
+    if gain is None or share is None:
         return None
     xs, ys, _ = _frontier(curves, _seen(cell))
     # np.interp holds the ends: left of 0 the base itself is the yardstick.
     return {
         "seed": cell["seed"],
         "gain": float(f"{gain.mean():.5g}"),
-        "kept": float(f"{sides[0].mean() / sides[1].mean():.5g}"),
+        "kept": float(f"{share:.5g}"),
         "price": float(f"{np.interp(gain.mean(), xs, ys):.5g}"),
     }
 
 
 def table(content: dict[str, Any]) -> str:
-    """The curve at round gains, and the trained models against it."""
-    gain, share, effective = (np.array(each) for each in zip(*content["curve"], strict=True))
-    marks = [mark / 10 for mark in range(1, 15) if mark / 10 <= gain[-1]]
-    head = ["gain of the judge", "0.0", *(f"{mark:.1f}" for mark in marks)]
-    kept = ["distance kept", "100 %", *(f"{100 * np.interp(mark, gain, share):.0f} %" for mark in marks)]
-    left = ["effective pictures", *(f"{np.interp(mark, gain, effective):.0f}" for mark in (0.0, *marks))]
-    lines = [_row(each) for each in (head, ["---"] * len(head), kept, left)]
+    """The curve, and the trained models against it."""
+    head = ["lambda", "gain of the judge", "distance kept", "effective pictures"]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for strength, gain, share, low, high, effective in content["curve"]:
+        kept_share = f"{100 * share:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+        lines.append(_row([f"{strength:g}", f"{gain:+.3f}", kept_share, f"{effective:.1f}"]))
     intro = (
         f"The base model's pictures weighted by its judge: {content['sizes']['pictures']} of each of"
-        f" {content['prompts']} prompts."
+        f" {content['prompts']} prompts; 95 % intervals over prompts."
     )
     if not content["rows"]:
         return "\n".join([intro, "", *lines]) + "\n"
@@ -207,9 +223,10 @@ def _row(cells: Sequence[str]) -> str:
 def plot(content: dict[str, Any], path: Path) -> None:
     """Share of the diversity against the gain of the judge: the curve, and every seed of the trained models."""
     plt = pyplot()
-    gain, share, _ = (np.array(each) for each in zip(*content["curve"], strict=True))
+    _, gain, share, low, high, _ = np.array(content["curve"]).T
     figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     axis.plot(gain, share, color="black", linewidth=2, label="the base's pictures, weighted by the judge")
+    axis.fill_between(gain, low, high, color="black", alpha=0.12, linewidth=0)
     axis.plot(gain, 0.9 * share, color="black", linewidth=0.8, linestyle=":", label="nine tenths of that")
     for name, colour in zip(COMPARED, COLOURS, strict=False):
         seeds = [seed for row in content["rows"] if row["experiment"] == name for seed in row["seeds"]]
