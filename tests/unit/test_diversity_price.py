@@ -31,6 +31,10 @@ def test_two_kinds_of_pictures_in_closed_form(strength: float) -> None:
     assert distance == pytest.approx(2 * q * (1 - q) / (1 - squares))
 
 
+def test_a_strength_that_leaves_one_picture_leaves_no_distance() -> None:
+    assert reweighted(np.array([0.0, 9.0]), np.array([[0.0, 1.0], [1.0, 0.0]]), 1e3) == (9.0, 0.0, 1.0)
+
+
 def test_weights_say_what_drawing_from_the_tilted_distribution_would() -> None:
     """Features and judge are one Gaussian; tilting shifts the mean of the judge by lambda times its variance and leaves
     the spread, so the distance stays; where the spread shrinks with the judge it falls, as in draws by rejection."""

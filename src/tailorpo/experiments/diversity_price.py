@@ -71,7 +71,10 @@ def reweighted(judge: Array, distances: Array, strength: float) -> tuple[float, 
     weights /= weights.sum()
     pairs = np.outer(weights, weights)
     np.fill_diagonal(pairs, 0.0)
-    return float(weights @ judge), float((pairs * distances).sum() / pairs.sum()), float(1 / (weights @ weights))
+    total = float(pairs.sum())
+    # Under a strength that leaves one picture there is no pair, and nothing between them.
+    distance = float((pairs * distances).sum()) / total if total > 0 else 0.0
+    return float(weights @ judge), distance, float(1 / (weights @ weights))
 
 
 def measure(settings: Settings, folder: Path, reporter: Reporter) -> dict[str, Any]:
