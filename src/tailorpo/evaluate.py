@@ -21,15 +21,13 @@ batches are those of one process, so the result is the same to the last bit.
 from __future__ import annotations
 
 import json
-import math
-import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -39,9 +37,10 @@ from torch.nn.functional import adaptive_avg_pool2d
 from tailorpo._distributed import ALONE, Processes
 from tailorpo.environment import environment
 from tailorpo.errors import UserError
+from tailorpo.evaluation_result import SIDES, Drawn, Group, Side, evaluation_result, file_name
 from tailorpo.files import atomic_write
 from tailorpo.images import contact_sheet, fit, png_bytes, save_png
-from tailorpo.meter import Meter, Metric
+from tailorpo.meter import Meter
 from tailorpo.models import DiffusionModel
 from tailorpo.noise import Noise
 from tailorpo.policy import Policy
@@ -49,28 +48,13 @@ from tailorpo.prompts import load_prompts
 from tailorpo.rewards import load_scorer
 from tailorpo.rollout import rollout_chains, sample_images, start_trajectories
 from tailorpo.sentinels.series import kept_update
-from tailorpo.statistics import (
-    compare,
-    paired_means,
-    pairwise_distance,
-    pairwise_rms,
-    plain,
-    vendi_score,
-    within_spread,
-)
 
 if TYPE_CHECKING:
     from tailorpo.run import Run
     from tailorpo.rundir import RunDirectory
     from tailorpo.train import Reporter
 
-SCHEMA = 1
-CONFIDENCE, RESAMPLES = 0.95, 9999
 SHEET_PROMPTS, SHEET_SEEDS, SHEET_CELL = 24, 4, 96
-
-Group = Literal["seen", "unseen"]
-Side = Literal["base", "aligned"]
-SIDES: tuple[Side, Side] = ("base", "aligned")
 
 
 @dataclass(frozen=True)
@@ -84,16 +68,6 @@ class _Picture:
     pixels: Tensor
     png: bytes
     thumbnail: Image.Image | None
-
-
-@dataclass
-class _Drawn:
-    """What one model drew for one prompt: an entry per seed, in the order of the seeds."""
-
-    scores: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
-    features: list[Tensor] = field(default_factory=list[Tensor])
-    pixels: list[Tensor] = field(default_factory=list[Tensor])
-    thumbnails: list[Image.Image] = field(default_factory=list[Image.Image])
 
 
 def evaluate(
@@ -131,7 +105,7 @@ def evaluate(
     result: dict[str, Any] = {}
     if processes.main:
         reporter.phase("evaluating: intervals")
-        result = _result(run, prompts, drawn, meter)
+        result = evaluation_result(run, prompts, drawn, meter)
         result["update"] = kept_update(directory.metrics())
         result["history"] = _history(directory.path / "eval.json", result)
         result["cost"] = {"forwards": forwards, "seconds": round(time.perf_counter() - started, 2)}
@@ -144,7 +118,7 @@ def _write(
     directory: RunDirectory,
     partial: Path,
     prompts: Sequence[tuple[Group, str]],
-    drawn: dict[Side, list[_Drawn]],
+    drawn: dict[Side, list[Drawn]],
     result: dict[str, Any],
 ) -> None:
     save_png(_side_by_side(prompts, drawn), partial / "side_by_side.png")
@@ -176,11 +150,11 @@ def _draw(
     *,
     step: Callable[[int, int], None],
     processes: Processes,
-) -> dict[Side, list[_Drawn]]:
+) -> dict[Side, list[Drawn]]:
     """Both models' pictures, in batches that hold one side of few pictures at a time, one batch per process and round;
-    `_Drawn` per prompt, in the main process."""
+    `Drawn` per prompt, in the main process."""
     policy, noise = Policy(model, run.sampler), Noise(run.seed)
-    drawn: dict[Side, list[_Drawn]] = {side: [_Drawn() for _ in prompts] for side in SIDES}
+    drawn: dict[Side, list[Drawn]] = {side: [Drawn() for _ in prompts] for side in SIDES}
     jobs = [(index, seed) for index in range(len(prompts)) for seed in range(run.eval.seeds)]
     batches = [jobs[first : first + run.eval.batch_size] for first in range(0, len(jobs), run.eval.batch_size)]
     done = 0
@@ -201,7 +175,7 @@ def _draw(
                 cell.pixels.append(each.pixels)
                 if each.thumbnail is not None:
                     cell.thumbnails.append(each.thumbnail)
-                path = folder / side / _file_name(prompts, each.prompt, each.seed)
+                path = folder / side / file_name(prompts, each.prompt, each.seed)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 atomic_write(path, each.png)
             step(done, 2 * len(jobs))
@@ -252,13 +226,7 @@ def _pictures(
     ]
 
 
-def _file_name(prompts: Sequence[tuple[Group, str]], index: int, seed: int) -> str:
-    group, prompt = prompts[index]
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-")
-    return "-".join(part for part in (f"{index:03d}", group, words, f"seed{seed}.png") if part)
-
-
-def _side_by_side(prompts: Sequence[tuple[Group, str]], drawn: dict[Side, list[_Drawn]]) -> Image.Image:
+def _side_by_side(prompts: Sequence[tuple[Group, str]], drawn: dict[Side, list[Drawn]]) -> Image.Image:
     pictures: list[Image.Image] = []
     captions: list[str] = []
     columns = 2 * len(drawn["base"][0].thumbnails)
@@ -270,123 +238,6 @@ def _side_by_side(prompts: Sequence[tuple[Group, str]], drawn: dict[Side, list[_
     seeds = columns // 2
     title = f"left {seeds}: base; right {seeds}: aligned, same seeds and noises; with the reward"
     return contact_sheet(pictures, captions, columns=columns, cell=SHEET_CELL, title=title)
-
-
-@dataclass(frozen=True)
-class _Diversity:
-    """A measure of the pictures of one prompt; with `good` only of those whose noises gave both models a good one."""
-
-    metric: Metric
-    of: Callable[[_Drawn], float]
-    good: bool = False
-
-
-_DIVERSITY = {
-    "distance": _Diversity(
-        Metric("distance between pictures of a prompt", "diversity"),
-        lambda cell: pairwise_distance(torch.stack(cell.features)),
-    ),
-    "distance_good": _Diversity(
-        Metric("distance between good pictures of a prompt", "diversity"),
-        lambda cell: pairwise_distance(torch.stack(cell.features)) if cell.features else math.nan,
-        good=True,
-    ),
-    "vendi": _Diversity(
-        Metric("different pictures of a prompt (Vendi score)", "diversity", "pictures"),
-        lambda cell: vendi_score(torch.stack(cell.features)) if len(cell.features) > 1 else math.nan,
-    ),
-    "pixels": _Diversity(
-        Metric("pixel distance between pictures of a prompt", "diversity"),
-        lambda cell: pairwise_rms(torch.stack(cell.pixels)),
-    ),
-}
-
-
-def _good_on_both_sides(base: _Drawn, aligned: _Drawn) -> dict[Side, _Drawn]:
-    """The features of the pictures whose noises gave a good one on either side."""
-    both = zip(base.scores["good"], aligned.scores["good"], strict=True)
-    seeds = [seed for seed, (first, second) in enumerate(both) if first == second == 1]
-    return {
-        side: _Drawn(features=[cell.features[seed] for seed in seeds])
-        for side, cell in zip(SIDES, (base, aligned), strict=True)
-    }
-
-
-def _result(
-    run: Run, prompts: Sequence[tuple[Group, str]], drawn: dict[Side, list[_Drawn]], meter: Meter
-) -> dict[str, Any]:
-    """The content of eval.json, without what only the caller knows."""
-    values: dict[str, dict[Side, list[float]]] = {}
-    for name in drawn["base"][0].scores:
-        means = [paired_means(*(drawn[side][index].scores[name] for side in SIDES)) for index in range(len(prompts))]
-        values[name] = {"base": [pair[0] for pair in means], "aligned": [pair[1] for pair in means]}
-    for name, diversity in _DIVERSITY.items():
-        if not diversity.good:
-            values[name] = {side: [diversity.of(cell) for cell in drawn[side]] for side in SIDES}
-        elif "good" in drawn["base"][0].scores:
-            pairs = [_good_on_both_sides(*cells) for cells in zip(*(drawn[side] for side in SIDES), strict=True)]
-            values[name] = {side: [diversity.of(pair[side]) for pair in pairs] for side in SIDES}
-    spread = {name: within_spread([cell.scores[name] for cell in drawn["base"]]) for name in drawn["base"][0].scores}
-    groups = {"seen": ["seen"], "unseen": ["unseen"], "all": ["seen", "unseen"]}
-    members = {
-        name: [index for index, (group, _) in enumerate(prompts) if group in wanted] for name, wanted in groups.items()
-    }
-    return {
-        "schema": SCHEMA,
-        "settings": {
-            "seed": run.seed,
-            "seeds": run.eval.seeds,
-            "sampler": asdict(run.sampler),
-            "confidence": CONFIDENCE,
-            "resamples": RESAMPLES,
-            "embedding": meter.embedding,
-            "judge": meter.judge.name if meter.judge else None,
-            "judge_held_out": meter.held_out,
-            "good_threshold": meter.good_threshold,
-        },
-        "metrics": {
-            name: {
-                **asdict(_DIVERSITY[name].metric if name in _DIVERSITY else meter.metric(name)),
-                "spread": plain(spread.get(name)),
-            }
-            for name in values
-        },
-        "groups": {
-            name: {
-                "prompts": len(indices),
-                "pictures": len(indices) * run.eval.seeds,
-                "metrics": {metric: _compared(values[metric], indices, seed=run.seed) for metric in values},
-            }
-            for name, indices in members.items()
-            if indices
-        },
-        "prompts": [
-            {
-                "prompt": prompt,
-                "group": group,
-                "metrics": {
-                    name: {side: plain(sides[side][index]) for side in SIDES} for name, sides in values.items()
-                },
-                "pictures": [
-                    {
-                        "seed": seed,
-                        **{side: f"samples/eval/{side}/{_file_name(prompts, index, seed)}" for side in SIDES},
-                        "scores": {
-                            name: {side: plain(drawn[side][index].scores[name][seed]) for side in SIDES}
-                            for name in drawn["base"][index].scores
-                        },
-                    }
-                    for seed in range(run.eval.seeds)
-                ],
-            }
-            for index, (group, prompt) in enumerate(prompts)
-        ],
-    }
-
-
-def _compared(values: dict[Side, list[float]], indices: Sequence[int], *, seed: int) -> dict[str, Any] | None:
-    base, aligned = ([values[side][index] for index in indices] for side in SIDES)
-    return compare(base, aligned, confidence=CONFIDENCE, resamples=RESAMPLES, seed=seed)
 
 
 def _history(path: Path, result: dict[str, Any]) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from tailorpo import __version__
 from tailorpo.algorithms.diffusion_dpo import DiffusionDPO
 from tailorpo.base_model import BaseModel
 from tailorpo.errors import UserError
-from tailorpo.evaluate import SCHEMA
+from tailorpo.evaluation_result import SCHEMA
 from tailorpo.files import atomic_write
 from tailorpo.lora_metadata import method_name, reward_name
 from tailorpo.report.verdict import change, digits_of, judge_run, number, percent

@@ -92,6 +92,14 @@ def ratio_interval(
     return _bootstrap((below, above), ratio, confidence=confidence, resamples=resamples, seed=seed)
 
 
+def jackknife_interval(value: float, without: Sequence[float], *, confidence: float) -> Interval:
+    """A smooth statistic of n prompts with Student's interval from its values without each of them (Tukey 1958)."""
+    left_out = np.asarray(without, dtype=np.float64)
+    if len(left_out) < 2:
+        return Interval(value, None, None)
+    return _student(value, (len(left_out) - 1) * (left_out.mean() - left_out), confidence=confidence)
+
+
 def _student(value: float, residuals: Vector, *, confidence: float) -> Interval:
     """A value whose error is the mean of independent residuals."""
     n = len(residuals)

@@ -1,54 +1,18 @@
-"""The weighted base: a closed form, draws from the tilted distribution itself, and runs held against the curve."""
+"""Results of other experiments held against the weighted base, each at its own gain on its own prompts."""
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from scipy.spatial.distance import cdist
 
 pytest.importorskip("matplotlib")
 
 from tailorpo.experiments import diversity_price
-from tailorpo.experiments.diversity_price import STRENGTHS, reweighted
-
-
-@pytest.mark.parametrize("strength", [0.0, 0.7, 2.0])
-def test_two_kinds_of_pictures_in_closed_form(strength: float) -> None:
-    """A share p of the pictures is good (judge 1), the others bad (judge 0); kinds differ by 1, pictures of one kind by
-    nothing. Tilted, the good ones have q = p e^l / (p e^l + 1 - p), and two of them differ with 2 q (1 - q)."""
-    good = np.array([1.0] * 30 + [0.0] * 70)
-    judge, distance, effective = reweighted(good, np.abs(good[:, None] - good[None]), strength)
-    q = 0.3 * math.exp(strength) / (0.3 * math.exp(strength) + 0.7)
-    assert judge == pytest.approx(q)
-    squares = q**2 / 30 + (1 - q) ** 2 / 70
-    assert effective == pytest.approx(1 / squares)
-    # Without the pairs of a picture with itself, which differ by 0 whatever the model does.
-    assert distance == pytest.approx(2 * q * (1 - q) / (1 - squares))
-
-
-def test_a_strength_that_leaves_one_picture_leaves_no_distance() -> None:
-    assert reweighted(np.array([0.0, 9.0]), np.array([[0.0, 1.0], [1.0, 0.0]]), 1e3) == (9.0, 0.0, 1.0)
-
-
-def test_weights_say_what_drawing_from_the_tilted_distribution_would() -> None:
-    """Features and judge are one Gaussian; tilting shifts the mean of the judge by lambda times its variance and leaves
-    the spread, so the distance stays; where the spread shrinks with the judge it falls, as in draws by rejection."""
-    rng = np.random.default_rng(0)
-    judge = rng.normal(0, 0.8, 2000)
-    features = judge[:, None] + rng.normal(size=(2000, 2))
-    mean, distance, _ = reweighted(judge, cdist(features, features, "sqeuclidean"), 0.5)
-    assert mean == pytest.approx(0.5 * 0.64, abs=0.05)
-    assert distance == pytest.approx(2 * 2 * (1 + 0.64), rel=0.05)
-    shrinking = rng.normal(size=(2000, 2)) * np.exp(-judge)[:, None]
-    _, distance, _ = reweighted(judge, cdist(shrinking, shrinking, "sqeuclidean"), 0.5)
-    kept = shrinking[rng.random(2000) < np.exp(0.5 * (judge - judge.max()))]
-    drawn = cdist(kept, kept, "sqeuclidean").sum() / (len(kept) * (len(kept) - 1))
-    assert distance == pytest.approx(drawn, rel=0.15)
+from tailorpo.weighted_base import STRENGTHS
 
 
 def cell(seed: int, judge: float, distance: float, *, steps: int = 20) -> dict[str, Any]:

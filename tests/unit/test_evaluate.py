@@ -21,6 +21,7 @@ from tailorpo.report import write_report
 from tailorpo.run import Run
 from tailorpo.rundir import RunDirectory
 from tailorpo.statistics import pairwise_rms
+from tailorpo.weighted_base import reweighted
 
 
 class Silent:
@@ -152,6 +153,38 @@ def test_diversity_among_good_pictures_counts_the_noises_that_gave_both_models_o
             expected = np.mean([1 - cosine(a, b) for a, b in itertools.combinations(means, 2)])
             assert value == pytest.approx(expected, abs=0.005)
     assert any(2 <= count < 6 for count in counts)
+
+
+def test_the_base_weighted_to_the_same_judge_is_drawn_from_the_same_pictures(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    still, _ = evaluated(make_run(model_folder, eval={"seeds": 4}), tmp_path / "still", move=False)
+    for group in still["groups"].values():
+        assert (group["weighted_base"]["share"], group["weighted_base"]["of_it"]) == (1, pytest.approx(1))
+    result, directory = evaluated(make_run(model_folder, eval={"seeds": 5}), tmp_path / "run")
+    found = result["groups"]["all"]["weighted_base"]
+    judge, between = [], []
+    for entry in result["prompts"]:
+        judge.append(np.array([each["scores"]["judge"]["base"] for each in entry["pictures"]]))
+        images = [block_means(load_png(directory.path / each["base"]).numpy()) - 0.5 for each in entry["pictures"]]
+        between.append(np.array([[1 - cosine(a, b) for a in images] for b in images]))
+    gain = result["groups"]["all"]["metrics"]["judge"]["difference"]
+
+    def at(strength: float) -> tuple[float, float]:
+        found = [reweighted(*each, strength) for each in zip(judge, between, strict=True)]
+        return float(np.mean([each[0] for each in found])), float(np.mean([each[1] for each in found]))
+
+    grid = np.array([at(strength) for strength in np.linspace(0, 4 / np.mean([each.std() for each in judge]), 2000)])
+    share = np.interp(gain, grid[:, 0] - grid[0, 0], grid[:, 1]) / grid[0, 1]
+    assert found["share"] == pytest.approx(share, abs=0.01)
+    assert found["of_it"] == pytest.approx(result["groups"]["all"]["metrics"]["distance"]["ratio"] / share, abs=0.02)
+    # Three pictures are too few, and a judge that was trained on has no say.
+    few, _ = evaluated(make_run(model_folder), tmp_path / "few")
+    assert few["groups"]["all"]["weighted_base"] is None
+    trained, _ = evaluated(
+        make_run(model_folder, eval={"seeds": 4, "judge": {"name": "brightness"}}), tmp_path / "trained"
+    )
+    assert trained["groups"]["all"]["weighted_base"] is None
 
 
 def block_means(image: np.ndarray) -> np.ndarray:

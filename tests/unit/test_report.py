@@ -17,7 +17,7 @@ from synthetic_run import fabricate
 
 from tailorpo.report import render, write_report
 from tailorpo.report.charts import Series, line_chart, moving_average, nice_ticks, tick_text
-from tailorpo.report.verdict import change, number, state
+from tailorpo.report.verdict import change, number, percent, state
 from tailorpo.rundir import RunDirectory
 from tailorpo.statistics import compare
 
@@ -78,6 +78,25 @@ def test_diversity_among_good_pictures_is_told_beside_that_of_all(tmp_path: Path
     page = write_report(RunDirectory(folder)).read_text()
     assert re.search(r"differ 50.% \[49.%, 50.%\] as much", page)
     assert re.search(r"Where the same noises gave both models good pictures: 97.%\.", page)
+
+
+@pytest.mark.parametrize(
+    ("of_it", "beyond", "headline_end"),
+    [(1.04, False, "and vary less, by no more than that costs."), (0.8, True, "but vary less.")],
+)
+def test_diversity_is_held_against_the_base_at_the_same_judge(
+    tmp_path: Path, of_it: float, beyond: bool, headline_end: str
+) -> None:
+    folder = fabricate(tmp_path, updates=3, reward_gain=1.2, judge_gain=0.9, diversity_ratio=0.5, pairs=False, seeds=1)
+    evaluation = json.loads((folder / "eval.json").read_text())
+    ends = {"low": 0.44, "high": 0.52, "of_it": of_it, "of_it_low": None, "of_it_high": None}
+    evaluation["groups"]["all"]["weighted_base"] = {"share": 0.48, **ends, "effective": 2.5, "beyond": beyond}
+    (folder / "eval.json").write_text(json.dumps(evaluation))
+    assert headline(folder) == f"caution: The pictures got better by both measures, {headline_end}"
+    page = write_report(RunDirectory(folder)).read_text()
+    less = "less than " if beyond else ""
+    ends = f"[{percent(0.44)}, {percent(0.52)}]"
+    assert f"would keep {less}{percent(0.48)} {ends}; the aligned model keeps {percent(of_it)} of that." in page
 
 
 def test_an_interval_that_includes_zero_is_called_no_clear_change(tmp_path: Path) -> None:

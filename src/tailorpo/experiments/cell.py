@@ -27,7 +27,8 @@ from torch import Tensor
 
 from tailorpo._distributed import pick_device
 from tailorpo.algorithms.tailorpo import TailorPO
-from tailorpo.evaluate import SIDES, evaluate
+from tailorpo.evaluate import evaluate
+from tailorpo.evaluation_result import SIDES
 from tailorpo.experiments.alarms import looks_of
 from tailorpo.experiments.grid import Plan, settings_of
 from tailorpo.experiments.held import kl_of

@@ -1,24 +1,8 @@
 """How much diversity does a gain of the judge cost, even if nothing else is lost?
 
-A model whose pictures of a prompt are partly bad loses distance between them when it stops drawing the bad ones. How
-much of a trained model's loss is that, and how much is collapse? The yardstick is the base model itself, its pictures
-weighted so that their mean judge is the trained model's:
-
-    p_lambda(x | c)  ~  p_base(x | c) exp(lambda J(x, c))
-
-Of all distributions with that mean judge it is the nearest to the base in KL, and what training towards J with a KL
-penalty converges to. From N pictures of a prompt, with w_i ~ exp(lambda J_i), sum w = 1:
-
-    judge     sum_i w_i J_i
-    distance  sum_{i != j} w_i w_j d_ij / sum_{i != j} w_i w_j        d = 1 - cosine of the judge's features
-
-The distance is that of two independent draws, without the pairs of a picture with itself. lambda is shared by all
-prompts; judge and distance are averaged over them and read as gain and share against lambda = 0, with a bootstrap over
-prompts for the share at that gain.
-
-It is no upper bound: a model could keep more than the nearest distribution does, and one that draws a better picture
-from every noise, instead of fewer noises, does. The curve ends where the weights leave less than `LEAST` of the
-pictures in effect, 1 / sum w^2; for larger gains its last value stands, more than the weighted base would keep.
+The base model weighted by the judge (`weighted_base.py` has the equations), from many pictures of every prompt, and the
+trained models of other experiments beside it, each at its own gain on its own prompts. For gains beyond the end of the
+curve its last value stands, which is more than the weighted base would keep.
 """
 
 from __future__ import annotations
@@ -29,8 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from tailorpo.errors import UserError
 from tailorpo.experiments.measurement import Lines, Settings, base_policy, described
@@ -44,37 +26,17 @@ from tailorpo.rewards import load_scorer
 from tailorpo.rollout import sample_images
 from tailorpo.statistics import student_interval
 from tailorpo.train import Reporter
+from tailorpo.weighted_base import STRENGTHS, Array, curve, distances, frontier, price
 
 COMPARED = ("beyond", "hacking", "alarm", "early-alarm")
 """Experiments whose trained models are held against the curve."""
-STRENGTHS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
-LEAST, RESAMPLES = 0.25, 2000
-
-Array = NDArray[np.floating[Any]]
+RESAMPLES = 2000
 
 
 def cost(settings: Settings) -> int:
     """Guided network evaluations of drawing the base's pictures."""
     run = settings.run
     return len(load_prompts(run.prompts)) * settings.sizes["pictures"] * run.sampler.steps
-
-
-def reweighted(judge: Array, distances: Array, strength: float) -> tuple[float, float, float]:
-    """Judge, distance and effective number of the pictures of one prompt under the weights of a strength.
-
-    Args:
-        judge: (N,).
-        distances: (N, N), symmetric.
-        strength: lambda, per unit of the judge.
-    """
-    weights = np.exp(strength * (judge - judge.max()))
-    weights /= weights.sum()
-    pairs = np.outer(weights, weights)
-    np.fill_diagonal(pairs, 0.0)
-    total = float(pairs.sum())
-    # Under a strength that leaves one picture there is no pair, and nothing between them.
-    distance = float((pairs * distances).sum()) / total if total > 0 else 0.0
-    return float(weights @ judge), distance, float(1 / (weights @ weights))
 
 
 def measure(settings: Settings, folder: Path, reporter: Reporter) -> dict[str, Any]:
@@ -100,9 +62,8 @@ def measure(settings: Settings, folder: Path, reporter: Reporter) -> dict[str, A
                     policy, [prompt] * pictures, noise=noise, keys=keys, batch_size=run.eval.batch_size
                 )
             scores = meter.scores(images, [prompt] * pictures)["judge"].double().numpy()
-            distances = _distances(meter.features(images))
-            curve = [reweighted(scores, distances, strength) for strength in STRENGTHS]
-            lines.add({"prompt": prompt, "curve": [[float(f"{value:.6g}") for value in each] for each in curve]})
+            found = curve(scores, distances(meter.features(images)))
+            lines.add({"prompt": prompt, "curve": [[float(f"{value:.6g}") for value in row] for row in found]})
         reporter.step(number + 1, len(prompts))
     curves = {row["prompt"]: np.array(row["curve"]) for row in lines.rows}
     return {
@@ -114,24 +75,13 @@ def measure(settings: Settings, folder: Path, reporter: Reporter) -> dict[str, A
     }
 
 
-def _distances(features: Tensor) -> Array:
-    rows = torch.nn.functional.normalize(features.double().cpu(), dim=-1).numpy()
-    return 1.0 - rows @ rows.T
-
-
-def _frontier(curves: dict[str, Array], prompts: Sequence[str]) -> tuple[Array, Array, Array]:
-    """Gain of the judge, share of the distance and effective pictures by strength, over some of the prompts."""
-    means = np.mean([curves[prompt] for prompt in prompts], axis=0)
-    means = means[means[:, 2] >= LEAST * means[0, 2]]
-    return means[:, 0] - means[0, 0], means[:, 1] / means[0, 1], means[:, 2]
-
-
 def _curve(curves: dict[str, Array], prompts: Sequence[str]) -> list[list[float]]:
     """By strength: it, the judge's gain, the share kept with its 95 % interval, and the effective pictures."""
     rng = np.random.default_rng(0)
     chosen: list[list[int]] = rng.integers(len(prompts), size=(RESAMPLES, len(prompts))).tolist()
-    drawn = [_frontier(curves, [prompts[index] for index in row]) for row in chosen]
-    gain, share, effective = _frontier(curves, prompts)
+    every = np.stack([curves[prompt] for prompt in prompts])
+    drawn = [frontier(every[row]) for row in chosen]
+    gain, share, effective = frontier(every)
     others = np.stack([np.interp(gain, xs, ys) for xs, ys, _ in drawn])
     low, high = np.quantile(others, (0.025, 0.975), axis=0)
     rows = np.stack([np.array(STRENGTHS[: len(gain)]), gain, share, low, high, effective], axis=1)
@@ -164,13 +114,12 @@ def _held_against(cell: dict[str, Any], curves: dict[str, Array]) -> dict[str, f
     gain, share = gains([cell], measure="judge"), kept([cell])
     if gain is None or share is None:
         return None
-    xs, ys, _ = _frontier(curves, _seen(cell))
-    # np.interp holds the ends: left of 0 the base itself is the yardstick.
+    own = np.stack([curves[prompt] for prompt in _seen(cell)])
     return {
         "seed": cell["seed"],
         "gain": float(f"{gain.mean():.5g}"),
         "kept": float(f"{share:.5g}"),
-        "price": float(f"{np.interp(gain.mean(), xs, ys):.5g}"),
+        "price": float(f"{price(own, float(gain.mean())):.5g}"),
     }
 
 

@@ -21,6 +21,8 @@ MINUS, ARROW, PERCENT = "\u2212", "\u2192", "\u202f%"
 DIVERSITY_FLOOR = 0.85
 """Below this share of the base model's diversity the report warns (research notes, section E)."""
 
+EQUAL_JUDGE = 0.9
+"""So much of what the weighted base keeps at the same judge is no loss beyond the price of quality."""
 
 SLIGHT = 0.1
 """A change below this share of the spread among the base model's pictures of one prompt is called slight."""
@@ -161,7 +163,7 @@ def _evaluated(evaluation: Mapping[str, Any]) -> Verdict:
         )
     if "seen" in groups and "unseen" in groups:
         verdict.sentences += _unseen(groups["unseen"]["metrics"], held_out=held_out)
-    _diversity(verdict, everything, settings)
+    _diversity(verdict, everything, settings, groups["all"].get("weighted_base"))
     prompts, seeds = groups["all"]["prompts"], settings["seeds"]
     verdict.sentences.append(
         f"Brackets: {percent(settings['confidence'])} intervals over {prompts} prompts with {seeds} "
@@ -253,7 +255,9 @@ def _ratio_interval(row: Row) -> str:
     return f"[{percent(low)}, {percent(high)}]" if low is not None and high is not None else ""
 
 
-def _diversity(verdict: Verdict, metrics: Mapping[str, Row | None], settings: Mapping[str, Any]) -> None:
+def _diversity(
+    verdict: Verdict, metrics: Mapping[str, Row | None], settings: Mapping[str, Any], weighted: Row | None
+) -> None:
     row = metrics.get("distance")
     if not row or row.get("ratio") is None:
         return
@@ -272,5 +276,24 @@ def _diversity(verdict: Verdict, metrics: Mapping[str, Row | None], settings: Ma
     if good and good.get("ratio") is not None:
         among = f"{percent(good['ratio'])} {_ratio_interval(good)}".rstrip()
         verdict.sentences.append(f"Where the same noises gave both models good pictures: {among}.")
+    paid = False
+    if weighted and state(metrics.get("judge")) == "up":
+        share, of_it = (_percents(weighted, name) for name in ("share", "of_it"))
+        verdict.sentences.append(
+            f"The base model's own pictures, weighted until the judge likes them as much, would keep"
+            f" {'less than ' * bool(weighted['beyond'])}{share}; the aligned model keeps {of_it} of that."
+        )
+        paid = weighted["of_it"] >= EQUAL_JUDGE
     if lost and verdict.tone == "good":
-        verdict.tone, verdict.headline = "caution", "The pictures got better by both measures, but vary less."
+        verdict.tone = "caution"
+        verdict.headline = "The pictures got better by both measures, " + (
+            "and vary less, by no more than that costs." if paid else "but vary less."
+        )
+
+
+def _percents(row: Row, name: str) -> str:
+    """The value and its interval, if it has one."""
+    prefix = "" if name == "share" else f"{name}_"
+    low, high = row[f"{prefix}low"], row[f"{prefix}high"]
+    ends = f" [{percent(low)}, {percent(high)}]" if low is not None and high is not None else ""
+    return f"{percent(row[name])}{ends}"
