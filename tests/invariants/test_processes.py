@@ -107,6 +107,9 @@ def test_several_processes_train_as_one_does(
         for name, value in flat(mine).items():
             if name in summed:
                 assert flat(other)[name] == pytest.approx(value, rel=1e-4 if controlled else 1e-5), name
+            elif name.endswith(".accuracy"):
+                # A pair whose log-ratio is within its rounding, below, counts as won or as lost: one of a step's eight.
+                assert flat(other)[name] == pytest.approx(value, abs=0.13), name
             else:
                 # A log-ratio multiplies noises of norm 10 by the difference of two means over sigma, of which float32
                 # knows some 3e-6, whatever is left of the sum. One process alone misses it by as much (2e-5) between
@@ -124,7 +127,7 @@ def test_several_processes_train_as_one_does(
             names = [name for name in mine if name.startswith(kind)]
             moved = norm(mine[name] for name in names if ".lora_B." in name)  # which started at zero
             # A penalty's gradient goes with how far the policy has moved, so it repeats the rounding of that.
-            assert norm(mine[name] - first_rank[name] for name in names) < (1e-4 if controlled else 1e-5) * moved
+            assert norm(mine[name] - first_rank[name] for name in names) < (1e-4 if controlled else 3e-5) * moved
 
 
 def test_without_the_reduction_the_processes_part_and_the_run_says_so(tiny_folder: Path, tmp_path: Path) -> None:

@@ -78,7 +78,8 @@ def test_inline_and_buffered_give_the_same_gradient(tiny_policy: MakePolicy, opt
     found = gradients(policy, [buffered.loss(policy, row) for row in rows])
     assert max(float(value.abs().max()) for value in found.values()) > 0
     for name, value in found.items():
-        torch.testing.assert_close(value, expected[name], rtol=2e-3, atol=2e-5)
+        # Of the whole, since a single entry can be what is left of a sum: on one processor 0.5 % of one was rounding.
+        assert float((value - expected[name]).norm()) <= 1e-3 * float(expected[name].norm()), name
 
 
 def test_a_list_of_two_has_the_gradient_of_the_pair(tiny_policy: MakePolicy) -> None:
