@@ -460,6 +460,32 @@ def test_the_plot_shows_every_reward(tmp_path: Path) -> None:
     assert all((part < 128).any(-1).mean() > 0.01 for part in (pixels[:half], pixels[half:]))
 
 
+def test_what_sentinels_saw_is_a_panel_of_its_own_up_to_the_first_alarm(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    grid = some("TailorPO")
+    content = synthetic(grid, strength={"TailorPO": 0.2})
+    write_views(grid, content, tmp_path)
+    without = np.asarray(Image.open(tmp_path / "methods.webp").convert("RGB"))
+    for cell in content["cells"]:
+        cell["sentinels"] = [
+            {
+                "update": at,
+                "state": "hacking" if at > 2 else "ok",
+                "judge": 1.0 + at,
+                "base": 1.0,
+                "kl": 4.0 * at,
+                "forwards": 9,
+                "restored": None,
+            }
+            for at in (1, 2, 3, 4)
+        ]
+    write_views(grid, content, tmp_path)
+    pixels = np.asarray(Image.open(tmp_path / "methods.webp").convert("RGB"))
+    assert pixels.shape[1] > 1.3 * without.shape[1]
+    last = pixels[:, -pixels.shape[1] // 4 :].astype(int)
+    assert (last.max(-1) - last.min(-1) > 60).mean() > 0.002  # a coloured curve, not only axes
+
+
 def test_more_variants_than_colours_get_a_row_for_each_recipe(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     grid = BY_NAME["beyond"]

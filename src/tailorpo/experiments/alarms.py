@@ -56,8 +56,8 @@ def alarm_table(cells: Mapping[str, Sequence[Row]]) -> str | None:
         "\n\nJudge: mean over the looks' prompts, against the base model's; each seed's own numbers, with commas"
         " between them. Lost at the alarm: judge's best less the judge at the first alarm, and as a share of the best"
         " gain where there was one. KL: nats of the look with the best judge, and of the alarm's. Kept of: the update"
-        " whose weights a rollback kept, 0 for the base model. F of all looks comes on top of the training's, and is not in"
-        " its minutes either."
+        " whose weights a rollback kept, 0 for the base model. F of all looks comes on top of the training's, and is"
+        " not in its minutes either."
     )
     return "\n".join(lines) + note
 

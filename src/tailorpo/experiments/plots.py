@@ -1,4 +1,4 @@
-"""The plot of a grid: learning curves against both costs, and the final gains with their intervals.
+"""The plot of a grid: learning curves against both costs, the final gains with their intervals, and what sentinels saw.
 
 Colours are Okabe and Ito's, which people with colour blindness can tell apart.
 """
@@ -44,8 +44,10 @@ def plot_grid(grid: Grid, content: dict[str, Any], path: Path) -> None:
     rows = list(_rows(grid, content["cells"]))
     many = len(grid.variants) > len(COLOURS)
     heights = [max(0.25 * len(variants) + 0.6, 1.8) if many else 3.2 for _, variants in rows]
+    looked = any(cell.get("sentinels") for cell in content["cells"])
+    size = (16 if looked else 12, sum(heights))
     figure, axes = plt.subplots(
-        len(rows), 3, figsize=(12, sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
+        len(rows), 4 if looked else 3, figsize=size, height_ratios=heights, squeeze=False, layout="constrained"
     )
     for panels, (reward, variants) in zip(axes, rows, strict=True):
         looks = {name: _look(place) for place, name in enumerate(variants)}
@@ -60,9 +62,11 @@ def plot_grid(grid: Grid, content: dict[str, Any], path: Path) -> None:
             panels[0].legend(frameon=False, fontsize=7)
         _final(panels[2], variants, looks)
         panels[2].set_xlabel(f"gain of {reward}, seen prompts")
+        if looked:
+            _looks(panels[3], variants, looks)
     for reward in grid.seeds:
         for column in zip(
-            *(panels for panels, (each, _) in zip(axes, rows, strict=True) if each == reward), strict=True
+            *(panels[:3] for panels, (each, _) in zip(axes, rows, strict=True) if each == reward), strict=True
         ):
             _align(column)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,6 +98,23 @@ def _curve(panel: Any, cells: list[dict[str, Any]], axis: str, *, look: dict[str
     if len({len(xs) for xs, _ in lines}) == 1:
         xs, ys = (np.mean([line[part] for line in lines], axis=0) for part in (0, 1))
         panel.plot(xs, ys, linewidth=1.8, markersize=3.5, label=label, **look)
+
+
+def _looks(panel: Any, variants: dict[str, list[dict[str, Any]]], looks: dict[str, dict[str, str]]) -> None:
+    """Every run's judge as its sentinels saw it, against the root of the KL, up to its first alarm (a cross)."""
+    for name, cells in variants.items():
+        for cell in cells:
+            seen = cell.get("sentinels") or []
+            alarm = next((at for at, look in enumerate(seen, start=1) if look["state"] == "hacking"), None)
+            points = [(look["kl"] ** 0.5, look["judge"] - look["base"]) for look in seen[:alarm]]
+            if points:
+                xs, ys = zip((0.0, 0.0), *points, strict=True)
+                panel.plot(xs, ys, color=looks[name]["color"], linewidth=0.9)
+                if alarm is not None:
+                    panel.plot(xs[-1:], ys[-1:], "x", color=looks[name]["color"], markersize=6)
+    panel.axhline(0, color="0.6", linewidth=0.8)
+    panel.set_xlabel("root of the KL, nats")
+    panel.set_ylabel("judge at the looks, gain\n(x: first alarm)")
 
 
 def _align(panels: Sequence[Any]) -> None:
