@@ -104,7 +104,7 @@ def _looks(panel: Any, variants: dict[str, list[dict[str, Any]]], looks: dict[st
     """Every run's judge as its sentinels saw it, against the root of the KL, up to its first alarm (a cross)."""
     for name, cells in variants.items():
         for cell in cells:
-            seen = cell.get("sentinels") or []
+            seen: list[dict[str, Any]] = cell.get("sentinels") or []
             alarm = next((at for at, look in enumerate(seen, start=1) if look["state"] == "hacking"), None)
             points = [(look["kl"] ** 0.5, look["judge"] - look["base"]) for look in seen[:alarm]]
             if points:
