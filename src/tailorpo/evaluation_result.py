@@ -189,7 +189,11 @@ def _weighted_base(
     gain's number or enough pictures on every prompt."""
     scores = [torch.tensor(base[index].scores["judge"]).double() for index in indices]
     spread = within_spread([cell.scores["judge"] for cell in base])
-    if min(len(row) for row in scores) < FEWEST or not all(row.isfinite().all() for row in scores) or not spread > 0:
+    known = [values["judge"][side][index] for side in SIDES for index in indices]
+    if min(len(row) for row in scores) < FEWEST or not spread > 0:
+        return None
+    # A picture that the judge could not score has no weight, and a prompt without a gain no place on the curve.
+    if not all(row.isfinite().all() for row in scores) or not all(map(math.isfinite, known)):
         return None
     curves = [
         curve(row.numpy(), distances(torch.stack(base[index].features)), spread=spread)

@@ -97,6 +97,10 @@ def test_diversity_is_held_against_the_base_at_the_same_judge(
     less = "less than " if beyond else ""
     ends = f"[{percent(0.44)}, {percent(0.52)}]"
     assert f"would keep {less}{percent(0.48)} {ends}; the aligned model keeps {percent(of_it)} of that." in page
+    # A weighted base that keeps nothing gives no share.
+    evaluation["groups"]["all"]["weighted_base"]["of_it"] = None
+    (folder / "eval.json").write_text(json.dumps(evaluation))
+    assert headline(folder) == "caution: The pictures got better by both measures, but vary less."
 
 
 def test_an_interval_that_includes_zero_is_called_no_clear_change(tmp_path: Path) -> None:

@@ -277,7 +277,7 @@ def _diversity(
         among = f"{percent(good['ratio'])} {_ratio_interval(good)}".rstrip()
         verdict.sentences.append(f"Where the same noises gave both models good pictures: {among}.")
     paid = False
-    if weighted and state(metrics.get("judge")) == "up":
+    if weighted and weighted["of_it"] is not None and state(metrics.get("judge")) == "up":
         share, of_it = (_percents(weighted, name) for name in ("share", "of_it"))
         verdict.sentences.append(
             f"The base model's own pictures, weighted until the judge likes them as much, would keep"
