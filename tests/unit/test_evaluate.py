@@ -278,6 +278,14 @@ def test_invalid_scores_stop_or_are_left_out_in_pairs(model_folder: Path, tmp_pa
     assert write_report(directory).is_file()
 
 
+def test_a_judge_that_leaves_pictures_out_gives_no_weighted_base(model_folder: Path, tmp_path: Path) -> None:
+    judged = make_run(model_folder, eval={"seeds": 4, "judge": {"name": f"{__name__}:Fussy"}})
+    result, directory = evaluated(judged, tmp_path / "run")
+    assert result["settings"]["judge_held_out"] is True
+    assert [group["weighted_base"] for group in result["groups"].values()] == [None, None, None]
+    assert write_report(directory).is_file()
+
+
 def test_without_an_adapter_there_is_nothing_to_compare(model_folder: Path, tmp_path: Path) -> None:
     run = make_run(model_folder)
     directory = RunDirectory.create(tmp_path / "run", run)
