@@ -108,8 +108,9 @@ def test_several_processes_train_as_one_does(
             if name in summed:
                 assert flat(other)[name] == pytest.approx(value, rel=1e-4 if controlled else 1e-5), name
             elif name.endswith(".accuracy"):
-                # A pair whose log-ratio is within its rounding, below, counts as won or as lost: one of a step's eight.
-                assert flat(other)[name] == pytest.approx(value, abs=0.13), name
+                # A pair whose log-ratio is within its rounding, below, counts as won or as lost: one of a step's eight,
+                # two of all 32.
+                assert flat(other)[name] == pytest.approx(value, abs=0.07 if name == ".accuracy" else 0.13), name
             else:
                 # A log-ratio multiplies noises of norm 10 by the difference of two means over sigma, of which float32
                 # knows some 3e-6, whatever is left of the sum. One process alone misses it by as much (2e-5) between
