@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tailorpo.rewards import load_scorer
 from tailorpo.rollout import sample_images
 from tailorpo.run import Run
 from tailorpo.rundir import RunDirectory
-from tailorpo.train import Session
+from tailorpo.train import Session, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 SIGMA = {"form": "sigma", "k": 1.0}
@@ -127,3 +128,29 @@ def test_the_same_run_has_the_same_numbers_again(method: str, tmp_path: Path) ->
         session.policy.model.encode([["a dog"], ["a horse", "a cat", "a dog"]][again])
         runs.append([session.update(update) for update in range(2)])
     assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("method", ["tailorpo", "ddpo"])
+def test_a_resumed_run_is_the_uninterrupted_one(method: str, tmp_path: Path) -> None:
+    steps, reward = {"steps": 8, "guidance_scale": 2.0}, {"name": "emoji_preference"}
+    data = settings("emoji", algorithm={"name": method}, sampler=steps, reward=reward, updates=4)
+    run = Run.from_dict({**data, "sentinels": {"every": 1, "judge": {"name": "emoji_judge"}}})
+    whole, parts = (RunDirectory.create(tmp_path / name, run) for name in ("whole", "parts"))
+    train(run, whole, reporter=Plain())
+    for updates in (1, 3, 4):
+        train(replace(run, updates=updates), parts, reporter=Plain())
+    assert timeless(parts) == timeless(whole)
+    assert weights_file(parts) == weights_file(whole)
+
+
+def timeless(directory: RunDirectory) -> list[dict[str, Any]]:
+    """The metrics without what the clock says."""
+    rows = directory.metrics()
+    for row in rows:
+        del row["seconds"], row["sentinel"]["seconds"]
+    return rows
+
+
+def weights_file(directory: RunDirectory) -> bytes:
+    """What was trained."""
+    return (directory.path / "lora/pytorch_lora_weights.safetensors").read_bytes()
