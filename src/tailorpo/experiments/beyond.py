@@ -4,7 +4,7 @@
 last rows put the best of it together. `kl-target` asks of runs three times as long whether a target is held, and what
 that is good for. `hacking` trains on rewards that do not mean what they say: alone, in an ensemble
 with two preference models under every rule, and alone with sentinels. `alarm` asks at a slower pace how early the
-sentinels notice, and `early-alarm`, slower once more and with looks at many pictures, whether before a tenth is lost.
+sentinels notice, and `early-alarm`, much slower and with looks at many pictures, whether before a tenth is lost.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ _PUSHED = ("algorithm.beta=0.02", "optimizer.lr=3e-3")
 colourfulness still did the pictures good."""
 _PACED = ("algorithm.beta=0.02", "optimizer.lr=1e-3")
 """Slow enough that near the judge's peak the KL grows by a quarter between two looks, not by three quarters."""
-_FINER = ("algorithm.beta=0.02", "optimizer.lr=5e-4", "batch={trajectories: 4, micro: 4}")
-"""Half of that once more, by twice as many updates of half the trajectories."""
+_FINER = ("algorithm.beta=0.02", "optimizer.lr=2.5e-4", "batch={trajectories: 4, micro: 4}", "algorithm.kl_measured=0")
+"""A quarter of that, by four times as many updates of half the trajectories; the looks measure the KL."""
 
 
 def _hacking(
@@ -111,11 +111,12 @@ ALARM = (
 
 EARLY = (
     _hacking(
-        "360 pictures, half the pace",
+        "450 pictures, a quarter of the pace",
         *_SENTINELS,
         *_ALL_PROMPTS,
-        "sentinels.seeds=8",
-        "sentinels.rules={turn: 0.8, kl_growth: null}",
+        "sentinels.seeds=10",
+        "sentinels.batch_size=225",
+        "sentinels.rules={turn: 0.6, kl_growth: null}",
         "sentinels.on_alarm=stop",
         pace=_FINER,
         rewards=(COLOUR, PREFERENCE),
@@ -130,6 +131,9 @@ FEWER_PROMPTS = (f"eval.prompts_seen={{list: [{', '.join(load_prompts(PromptsCon
 
 ALARM_BUDGET = 2 * HACKING_BUDGET
 """Thirty-two updates at a third of the learning rate."""
+
+EARLY_BUDGET = 2 * ALARM_BUDGET
+"""A hundred and twenty-eight updates of half the trajectories at a quarter of that learning rate."""
 
 GRIDS = (
     Grid(
@@ -184,8 +188,8 @@ GRIDS = (
         paper="none",
         statistic="as in hacking",
         variants=EARLY,
-        seeds=dict.fromkeys((COLOUR, PREFERENCE), (13, 14, 15)),
-        budget=ALARM_BUDGET,
+        seeds=dict.fromkeys((COLOUR, PREFERENCE), (16, 17, 18, 19)),
+        budget=EARLY_BUDGET,
         overrides=(*EVALUATION, *FEWER_PROMPTS),
         reference=None,
         points=1,

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from tailorpo._distributed import pick_device
 from tailorpo.environment import environment
 from tailorpo.errors import UserError
 from tailorpo.experiments.cell import RESULT
@@ -108,18 +109,21 @@ def _by_digest(places: Places, name: str) -> dict[str, dict[str, Any]]:
 def write_results(
     plans: Sequence[Plan], places: Places, name: str, *, head: dict[str, Any], keep: bool
 ) -> dict[str, Any]:
-    """Gather every finished cell into the results file, one line each, and return its content.
+    """Gather every finished cell into the results file, one line each, and return its content. What they were computed
+    on stays as it was where none is new.
 
     Args:
         head: what stands before the cells.
         keep: keep committed cells that are not among the plans or out of date (only a part of the grid was asked for).
     """
-    finished = finished_cells(plans, places, name)
+    finished, old = finished_cells(plans, places, name), read_results(places.json(name))
     cells = [finished[plan.cell.id] for plan in plans if plan.cell.id in finished]
+    measured_here = [cell for cell in cells if cell not in old["cells"]]
+    where = environment(pick_device()) if measured_here or "environment" not in old else old["environment"]
     if keep:
         planned = {plan.cell.id for plan in plans}
-        cells += [cell for cell in read_results(places.json(name))["cells"] if cell["id"] not in planned]
-    content = {"experiment": name, **head, "environment": environment(), "cells": cells}
+        cells += [cell for cell in old["cells"] if cell["id"] not in planned]
+    content = {"experiment": name, **head, "environment": where, "cells": cells}
     lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items() if key != "cells"]
     rows = ",\n".join(f"  {json.dumps(cell)}" for cell in cells)
     places.results.mkdir(parents=True, exist_ok=True)
