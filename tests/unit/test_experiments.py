@@ -188,7 +188,7 @@ if how == "kill":
 if how == "silent":
     sys.exit(0)
 folder.mkdir(parents=True, exist_ok=True)
-(folder / "result.json").write_text(json.dumps({"id": folder.name, "digest": digest}))
+(folder / "result.json").write_text(json.dumps({"id": folder.name, "variant": sys.argv[4], "digest": digest}))
 """
 
 
@@ -201,6 +201,7 @@ def stubs(folder: Path, how: dict[str, str]) -> Any:
         str(folder / plan.cell.id),
         plan.digest,
         how.get(plan.cell.id, "well"),
+        plan.cell.variant.name,
     ]
 
 
@@ -246,6 +247,15 @@ def test_finished_cells_are_skipped_until_their_settings_change(tmp_path: Path) 
     assert list(finished_cells(found, elsewhere, "methods")) == ids[:2]
     changed = [replace(plan, points=99) for plan in found]
     assert finished_cells(changed, places, "methods") == {}
+
+    # Gathered again on another machine it says where it was measured, until something is measured there.
+    first, path = read_results(places.json("methods"))["environment"], places.json("methods")
+    path.write_text(path.read_text().replace(json.dumps(first["processor"]), '"Another"'))
+    write_results(found, elsewhere, "methods", head={}, keep=False)
+    assert read_results(path)["environment"]["processor"] == "Another"
+    path.unlink()
+    write_results(found, places, "methods", head={}, keep=False)
+    assert read_results(path)["environment"] == first
 
     # Under another name it is the same run; an experiment that has it from there says so, and passes it on no further.
     variant = replace(found[0].cell.variant, name="mine")
@@ -362,6 +372,7 @@ def test_what_a_cell_keeps(tmp_path: Path, tiny_folder: Path) -> None:
     assert change.shape == (1, 3)
     assert change.mean() == pytest.approx(evaluation["groups"]["seen"]["metrics"]["reward"]["difference"], abs=1e-4)
     assert result["kl"] > 0
+    assert result["device"] == "cpu"
 
 
 # ------------------------------------------------------------------------------------------------- tables and plots
@@ -431,6 +442,21 @@ def test_the_table_says_who_won_and_by_how_much() -> None:
     assert compared[5:] == ["it ends below the base", "- |"]
     tailorpo = [line.split(" | ") for line in preference if line.startswith("| TailorPO |")][1]
     assert tailorpo[5:] == ["5,600", "0.33 (0.33 to 0.33) |"]
+
+
+def test_the_table_says_where_the_runs_were_made() -> None:
+    grid = some("TailorPO", rewards={PREFERENCE: (1, 2, 3)})
+    content = synthetic(grid, strength={"TailorPO": 0.2})
+    text = grid_tables(grid, content)
+    assert "0.2 hours in all on one core each (P)." in text
+    assert "min: minutes on one core, with" in text
+    content["cells"][1]["device"] = "Fast GPU"
+    text = grid_tables(grid, content)
+    assert "0.1 hours in all on one core each (P) and 0.1 hours in all on one Fast GPU that runs shared." in text
+    assert "min: minutes, with" in text
+    for cell in content["cells"]:
+        cell["from"] = "methods"
+    assert "3 of them those of `methods`; 0.0 hours in all on one core each (P)." in grid_tables(grid, content)
 
 
 def test_when_a_curve_first_reaches_a_level() -> None:

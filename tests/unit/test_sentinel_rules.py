@@ -176,6 +176,16 @@ def test_turn_asks_for_a_gain_that_was_surely_one() -> None:
         assert bool(turns(now, base, best)) == alarm
 
 
+def test_turn_does_not_watch_a_gain_that_is_nothing_beside_the_spread_of_pictures() -> None:
+    """The first steps of training: every picture moved a thousandth, all alike, so that any interval excludes 0."""
+    wobble = 1e-4 * (-1) ** np.arange(PROMPTS)
+    base = look(0, judge=np.zeros(PROMPTS), reward=np.zeros(PROMPTS))
+    for gain, alarm in ((0.004, False), (0.049, False), (0.051, True)):
+        best = look(1, kl=0.01, judge=gain + wobble, reward=0.1 + wobble)
+        now = look(2, kl=0.03, judge=0.7 * gain + wobble[::-1], reward=0.2 + wobble[::-1])
+        assert bool(turns(now, base, best, level=0.6)) == alarm
+
+
 def test_turn_asks_for_a_loss_that_its_interval_excludes() -> None:
     """Eight prompts lose 0.1 on average, all alike or one of them alone; the interval tells the two apart."""
     base = look(0, judge=np.zeros(8), reward=np.zeros(8))
@@ -216,7 +226,7 @@ def lost_at_the_alarm(looks: list[Look], rules: Rules) -> float:
 
 def test_with_many_pictures_a_turn_is_seen_before_a_tenth_is_lost_and_with_few_it_is_not() -> None:
     """A prompt's mean over 8 pictures drifts half as far as over 2, and that decides."""
-    rules, runs = Rules(turn=0.8, kl_growth=None), range(20)
+    rules, runs = Rules(turn=0.6, kl_growth=None), range(20)
     many, few = (
         [lost_at_the_alarm(slowly(drift, seed, healthy=False), rules) < 0.1 for seed in runs] for drift in (0.04, 0.08)
     )

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from tailorpo._distributed import pick_device
 from tailorpo.algorithms.tailorpo import TailorPO
+from tailorpo.environment import environment
 from tailorpo.evaluate import evaluate
 from tailorpo.evaluation_result import SIDES
 from tailorpo.experiments.alarms import looks_of
@@ -159,6 +160,7 @@ def _description(plan: Plan, directory: RunDirectory) -> dict[str, Any]:
         "input_gradients": plan.input_gradients,
         "reward_queries": rows[-1]["reward_queries"],
         "seconds": round(sum(row["seconds"] for row in rows), 1),
+        "device": environment(pick_device())["device"],
         **({"sentinels": looks_of(rows)} if plan.run.sentinels else {}),
         **({"kl_target": target, "kl_by_update": kl_of(rows)} if target else {}),
         "training": [

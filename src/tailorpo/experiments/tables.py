@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
@@ -57,7 +57,7 @@ def grid_tables(grid: Grid, content: dict[str, Any]) -> str:
     for reward in grid.seeds:
         rows = by_variant(grid, cells, reward)
         if rows:
-            parts.append(f"### {reward}\n\n{_reward_table(grid, rows, _place(content['environment']))}")
+            parts.append(f"### {reward}\n\n{_reward_table(grid, rows)}")
             parts += [part for part in (_comparison(grid, rows), alarm_table(rows), held_table(rows)) if part]
     return "\n\n".join(parts) + "\n"
 
@@ -91,23 +91,27 @@ def variant_table(grid: Grid, content: dict[str, Any], names: Sequence[str], rew
     return None if len(lines) == 2 else "\n".join(lines)
 
 
-def _place(environment: Mapping[str, str]) -> str:
-    """What a run had for itself, or shared with those beside it."""
-    device = environment.get("device", "cpu")
-    return "on one core" if device == "cpu" else f"on one {device} for all that ran side by side"
+def _hours(cells: Cells, processor: str) -> str:
+    """What the runs took together on every kind of device."""
+    minutes: dict[str, float] = {}
+    for cell in cells:
+        device = cell.get("device", "cpu")
+        minutes[device] = minutes.get(device, 0.0) + cell["minutes"]
+    places = {device: f"one {device} that runs shared" for device in minutes} | {"cpu": f"one core each ({processor})"}
+    return " and ".join(
+        f"{spent / 60:.1f} hours in all on {places[device]}" for device, spent in (minutes or {"cpu": 0.0}).items()
+    )
 
 
 def _provenance(grid: Grid, content: dict[str, Any]) -> str:
     cells: Cells = content["cells"]
-    environment = content["environment"]
-    each = f" each ({environment['processor']})" if environment.get("device", "cpu") == "cpu" else ""
     counts = ", ".join(f"{reward}: {sum(cell['reward'] == reward for cell in cells)} runs" for reward in grid.seeds)
-    minutes = sum(cell["minutes"] for cell in cells if "from" not in cell)
+    own = [cell for cell in cells if "from" not in cell]
     shared = Counter(cell["from"] for cell in cells if "from" in cell)
     taken = "".join(f", {count} of them those of `{name}`" for name, count in sorted(shared.items()))
     lines = [
         f"Budget: {grid.budget:,} guided network evaluations of training per run. {counts}{taken};"
-        f" {minutes / 60:.1f} hours in all {_place(environment)}{each}.",
+        f" {_hours(own, content['environment']['processor'])}.",
     ]
     tuned = content.get("tuned")
     if any(variant.tuned for variant in grid.variants):
@@ -123,7 +127,7 @@ def _provenance(grid: Grid, content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _reward_table(grid: Grid, rows: dict[str, list[dict[str, Any]]], place: str) -> str:
+def _reward_table(grid: Grid, rows: dict[str, list[dict[str, Any]]]) -> str:
     head = ["", "seeds", "reward", "gain, seen prompts (IQM)", "gain, unseen (mean)", "judge, gain", "good pictures"]
     head += ["diversity kept", "KL, nats", "F", "B", "R", "min"]
     queries, per_query = _at_equal_queries(rows)
@@ -168,11 +172,13 @@ def _reward_table(grid: Grid, rows: dict[str, list[dict[str, Any]]], place: str)
                 ]
             )
         )
+    alone = {cell.get("device", "cpu") for cell in every} == {"cpu"}
     note = (
         "\n\nReward, gain and judge: means over 4 pictures a prompt, gains against the base model on the same noises;"
         " 95 % intervals over training seeds and prompts (over prompts alone where there is one seed). Gain at equal"
         " reward queries: of the learning curves, linear between their points. F: guided network evaluations of the"
-        f" training; B: backward passes; R: reward queries; min: minutes {place}, with the evaluation."
+        f" training; B: backward passes; R: reward queries; min: minutes{' on one core' if alone else ''}, with"
+        " the evaluation."
     )
     pictures = every[0]["evaluation"]["pictures"]
     return "\n".join(lines) + note.replace("4 pictures", f"{pictures} pictures")

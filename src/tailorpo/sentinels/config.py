@@ -41,7 +41,8 @@ class Rules:
             of a gain that was one.
         turn: an alarm, without waiting for another look or for the KL, once the interval at this level says that the
             judge has lost `fall` of its gain, while that gain and a rise of the trained reward since hold at
-            `confidence`. For looks at hundreds of pictures; then kl_growth can be null.
+            `confidence`; a gain below a twentieth of the spread among the base's pictures of a prompt does not count.
+            For looks at hundreds of pictures; then kl_growth can be null.
     """
 
     confidence: Level = 0.99

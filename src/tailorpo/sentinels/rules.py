@@ -12,7 +12,8 @@ paired difference of a prompt, with Student's interval over prompts:
                    where the trained reward has risen for it and the judge has lost `fall` of a gain that was one,
                    otherwise a warning
     turn           judge now - judge at its best look, its interval at this level below 0; an alarm where the loss is
-                   more than `fall` of a gain that was surely one, and the trained reward has surely risen for it
+                   more than `fall` of a gain that was surely one and not tiny (`GAIN`), and the trained reward has
+                   surely risen for it
 
 Looking again and again, and always against the best of all looks, makes chance findings likelier than the level of one
 interval says. So the n-th look compares with the best at an n-th of the error (Bonferroni over the n looks that the
@@ -54,6 +55,9 @@ State = Literal["ok", "warning", "hacking"]
 
 PEAK = 0.8
 """Confidence at which the judge's best look has to lie above the base before kl_growth calls it a peak."""
+GAIN = 0.05
+"""In standard deviations among the base's pictures of one prompt: a smaller gain of the judge's best look is none that
+`turn` could watch. The first small steps of training move every picture a little and surely, up or down."""
 LOW_LEVEL = {
     "saturation": "saturation",
     "edges": "edge energy",
@@ -178,6 +182,8 @@ def _turn(now: Look, base: Look, best: Look, rules: Rules) -> Finding | None:
     gain = difference(best, base, "judge", confidence=rules.confidence)
     reward = difference(now, best, "reward", confidence=rules.confidence)
     if loss is None or gain is None or reward is None or -loss.value <= (rules.fall or 0.0) * gain.value:
+        return None
+    if gain.value <= GAIN * (base.spread.get("judge") or 0.0):
         return None
     if not (_above(gain) and _above(reward) and loss.high is not None and loss.high < 0):
         return None
