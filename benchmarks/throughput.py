@@ -32,24 +32,23 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from bare_loops import STEPS, TRAINED, BareLoops
 from common import RESULTS, Observed, observe_model, save
 from overhead import finish, timed_replay, timed_update
 from torch import Tensor
 
 from tailorpo.describe import trajectory_cost
 from tailorpo.plan import Parts, phases
-from tailorpo.plan.accounting import Calls, operations, peak_bytes
+from tailorpo.plan.accounting import operations, peak_bytes
 from tailorpo.plan.devices import matmul_rate
 from tailorpo.run import Run
 
-STEPS, TRAINED = 20, 5
 PROMPTS = ["a cat", "a dog"]
 GOALS = {("sd15", False): 8, ("sd15", True): 12, ("sdxl", False): 24, ("sdxl", True): 24}
 """Peak memory in GiB by architecture and whether it is guided."""
@@ -114,72 +113,6 @@ def session(run: Run, parts: Parts, folder: Path) -> Observed:
     score = parts.rewards[0].score
     assert score is not None
     return observe_model(run, folder, model, [(RandomReward(score), 1.0)])
-
-
-class BareLoops:
-    """The model calls of other schedules, and nothing else."""
-
-    def __init__(self, calls: Calls, rows: int) -> None:
-        self.calls, self.model, self.rows = calls, calls.model, rows
-        self.guidance_scale = calls.guidance_scale
-
-    def network(self, rows: int, *, graph: bool = False, reference: bool = False) -> Tensor:
-        """One network call."""
-        cond = self.calls.network.conditioning(rows)
-        with torch.set_grad_enabled(graph), self.model.reference() if reference else nullcontext():
-            return self.model.predict(self.calls.latents(rows), 500, cond, guidance_scale=self.guidance_scale)
-
-    @torch.no_grad()
-    def score(self, rows: int, *, draft: bool = False) -> None:
-        """Pictures decoded and scored."""
-        decode = self.model.decode_draft if draft else self.model.decode
-        images = decode(self.calls.latents(rows))
-        for reward in self.calls.rewards:
-            assert reward.score is not None
-            reward.score(images)
-
-    def naive(self, *, scored: bool = True) -> None:
-        """TailorPO as its equations read: (1 + 2) F, then 2 F with a graph, 2 F of the reference and 2 B."""
-        rows = self.rows
-        for k in range(STEPS):
-            self.network(rows)
-            if k % (STEPS // TRAINED) == 2:
-                self.network(2 * rows)
-                if scored:
-                    self.score(2 * rows, draft=True)
-                winner, loser = self.network(rows, graph=True), self.network(rows, graph=True)
-                self.network(rows, reference=True)
-                self.network(rows, reference=True)
-                (winner.sum() - loser.sum()).backward()
-        if scored:
-            self.score(rows)
-
-    def d3po(self, *, scored: bool = True) -> None:
-        """D3PO's official schedule: 2 T F of sampling; 2 T F with a graph, 2 T F of the reference and 2 T B."""
-        rows = self.rows
-        for _ in range(STEPS):
-            self.network(2 * rows)
-        if scored:
-            self.score(2 * rows)
-        for _ in range(STEPS):
-            first, second = self.network(rows, graph=True), self.network(rows, graph=True)
-            self.network(rows, reference=True)
-            self.network(rows, reference=True)
-            (first.sum() - second.sum()).backward()
-
-    def minimal(self) -> None:
-        """TailorPO's network calls of an inline update: 20 F, of which 5 with a graph, 5 F for siblings, 5 F, 5 B."""
-        rows = self.rows
-        known = False
-        for k in range(STEPS):
-            trained = k % (STEPS // TRAINED) == 2
-            output = None if known else self.network(rows, graph=trained)
-            known = trained
-            if trained:
-                self.network(2 * rows)
-                self.network(rows, reference=True)
-                assert output is not None
-                output.sum().backward()
 
 
 def clock(device: torch.device) -> float:
