@@ -1,7 +1,7 @@
 """Other schedules of one trajectory as bare loops: model calls without noise, loss, metrics or optimizer.
 
-What `throughput.py` compares an update of TailorPO with, to their favour. F: a guided forward of one latent, B: a backward
-pass.
+What `throughput.py` compares an update of TailorPO with, to their favour. F: a guided forward of one latent, B: a
+backward pass.
 
     naive      TailorPO as its equations read, nothing shared between its terms    50 F + 10 B, 11 pictures scored
     d3po       the official schedule: a pair of chains, then every step trained   120 F + 40 B,  2 pictures scored
